@@ -1,0 +1,235 @@
+"""`hypenet <command>`: parses, calls one function, prints. Exit codes: 0 done, 2 a mistake of the user's,
+75 preempted (the same command continues), 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+
+from hypenet_jax.errors import HypenetError
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+# command -> (help, example); the order is that of a user's first day.
+COMMANDS = {
+    "doctor": ("versions, devices, which kernels work here, and a numerical self-check", "hypenet doctor"),
+    "import": (
+        "read a Hugging Face directory or a GGUF file, check it, and write a Hugging Face directory",
+        "hypenet import SmolLM2-135M-Instruct.Q4_1.gguf smollm2",
+    ),
+    "pack": (
+        "tokenize text into packed ArrayRecord files",
+        "hypenet pack corpus/ --tokenizer smollm2 --out packed",
+    ),
+    "convert": (
+        "all of HALO: align, select, distill, finetune, fit-scale, export, evaluate, report",
+        "hypenet convert --config configs/demo.py --workdir runs/demo --set distill.steps=200",
+    ),
+    "align": ("stage 1 alone: hidden-state alignment", "hypenet align --config configs/demo.py --workdir runs/demo"),
+    "select": ("layer selection alone", "hypenet select --config configs/demo.py --workdir runs/demo"),
+    "distill": ("stage 2 alone: distillation", "hypenet distill --config configs/demo.py --workdir runs/demo"),
+    "finetune": (
+        "stage 3 alone: long-context finetune",
+        "hypenet finetune --config configs/demo.py --workdir runs/demo",
+    ),
+    "fit-scale": (
+        "fit the a of the attention scaling alone",
+        "hypenet fit-scale --config configs/demo.py --workdir runs/demo",
+    ),
+    "export": (
+        "write the finished student as a Hugging Face directory",
+        "hypenet export --config configs/demo.py --workdir runs/demo",
+    ),
+    "evaluate": (
+        "needles and perplexity of teacher and student",
+        "hypenet evaluate --config configs/demo.py --workdir runs/demo",
+    ),
+    "report": ("write the HTML report of a work directory", "hypenet report runs/demo"),
+    "pretrain": (
+        "train from scratch with cross-entropy",
+        "hypenet pretrain --config configs/demo_teacher.py --workdir runs/teacher",
+    ),
+    "generate": (
+        "continue a prompt, streaming to the terminal",
+        'hypenet generate runs/demo/export --prompt "def main" --max-new-tokens 64',
+    ),
+}
+RUN_COMMANDS = ("convert", "align", "select", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except HypenetError as error:
+        print(f"hypenet: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"hypenet: cannot write{where} ({error.strerror}); choose another place or free space", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("hypenet: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command in RUN_COMMANDS:
+        _run_config(arguments)
+    else:
+        SINGLE[arguments.command](arguments)
+
+
+def _run_config(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.config import load_config
+    from hypenet_jax.halo import pipeline
+    from hypenet_jax.halo.pretrain import pretrain
+    from hypenet_jax.halo.settings import PretrainConfig
+    from hypenet_jax.train.metrics import Reporter
+
+    config = load_config(arguments.config, arguments.set)
+    reporter = Reporter()
+    scratch = isinstance(config, PretrainConfig)
+    if scratch != (arguments.command == "pretrain"):
+        kind = "training from scratch" if scratch else "converting a teacher"
+        raise HypenetError(f"{arguments.config} is a config for {kind}; hypenet {arguments.command} needs the other kind")
+    if isinstance(config, PretrainConfig):
+        reporter.message(f"the report is {pretrain(config, arguments.workdir, reporter)}")
+        return
+    steps: dict[str, Callable] = {
+        "convert": pipeline.run_all,
+        "align": pipeline.align,
+        "select": pipeline.select_layers,
+        "distill": pipeline.distill,
+        "finetune": pipeline.finetune,
+        "fit-scale": pipeline.fit,
+        "export": pipeline.export,
+        "evaluate": pipeline.evaluate,
+    }
+    steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.doctor import examine
+
+    if not examine(print):
+        raise HypenetError("the self-check found a kernel outside its tolerance; see the table above")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from hypenet_jax import hub
+
+    model, params = hub.load(arguments.source)
+    hub.save(model, params, arguments.directory, dtype=arguments.dtype)
+    config = model.config
+    print(
+        f"{arguments.directory}: {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
+        f"{config.num_heads} query and {config.num_kv_heads} key heads, vocabulary {config.vocab_size}, {arguments.dtype}"
+    )
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.data.packing import pack
+    from hypenet_jax.data.sources import read_documents
+    from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
+
+    tokenizer = byte_tokenizer() if arguments.tokenizer == "bytes" else load_tokenizer(arguments.tokenizer)
+    documents = (document for source in arguments.sources for document in read_documents(source))
+    info = pack(documents, tokenizer, arguments.out, seed=arguments.seed, sources=tuple(arguments.sources))
+    print(f"{arguments.out}: {info.tokens:,} tokens of {info.documents:,} documents")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.evals.report import write_report
+
+    print(write_report(arguments.workdir))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from hypenet_jax import hub
+    from hypenet_jax.inference import stream
+    from hypenet_jax.inference.console import print_stream
+
+    model, params = hub.load(arguments.model)
+    if model.tokenizer is None:
+        raise HypenetError(f"{arguments.model} has no tokenizer.json; put one beside the weights")
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    ids = stream(
+        model,
+        params,
+        model.tokenizer.encode(prompt, special_tokens=True),
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    print_stream(ids, model.tokenizer, sys.stdout)
+
+
+SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
+    "doctor": _doctor,
+    "import": _import,
+    "pack": _pack,
+    "report": _report,
+    "generate": _generate,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hypenet", description="Turn a pretrained Transformer into a long-context hybrid (HypeNet, by HALO)."
+    )
+    from hypenet_jax import __version__
+
+    parser.add_argument("--version", action="version", version=f"hypenet {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    added = {
+        name: commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n{textwrap.indent(example, '  ')}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name, (text, example) in COMMANDS.items()
+    }
+    for name in RUN_COMMANDS:
+        added[name].add_argument("--config", required=True, help="a Python program that defines get_config()")
+        added[name].add_argument("--workdir", required=True, help="where everything is written, and continued from")
+        added[name].add_argument(
+            "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a config value"
+        )
+    added["import"].add_argument("source", help="Hugging Face directory, GGUF file or a stage's directory")
+    added["import"].add_argument("directory", help="the Hugging Face directory to write")
+    added["import"].add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    added["pack"].add_argument("sources", nargs="+", help="files, folders, or built-in sources such as stdlib")
+    added["pack"].add_argument("--tokenizer", default="bytes", help='"bytes", or a directory with a tokenizer.json')
+    added["pack"].add_argument("--out", required=True, help="the directory to write")
+    added["pack"].add_argument("--seed", type=int, default=0, help="order of the documents")
+    added["report"].add_argument("workdir")
+    generate = added["generate"]
+    generate.add_argument("model", help="Hugging Face directory, GGUF file or a stage's directory")
+    generate.add_argument("--prompt", required=True, help='the text to continue; "-" reads standard input')
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,144 @@
+"""Configs: a short Python program returns an ml_collections ConfigDict, which becomes checked frozen dataclasses here."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
+
+
+def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConvertConfig | PretrainConfig:
+    """Run `get_config()` of a config program, apply "section.field=value" overrides and check the whole.
+
+    A config with a `model` section trains from scratch, one with a `teacher` converts. Relative paths are taken
+    from the current directory, except those that the program itself makes absolute.
+    """
+    tree = _run_program(pathlib.Path(path))
+    kind: type = PretrainConfig if "model" in tree else ConvertConfig
+    for override in overrides:
+        _apply_override(tree, override, kind)
+    return from_mapping(kind, tree.to_dict())
+
+
+def from_mapping(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """Build the dataclass `kind` from nested mappings; unknown keys and wrong types raise, naming the field."""
+    hints = typing.get_type_hints(kind)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise HypenetError(_unknown_key(where + name, fields))
+    required = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if required:
+        raise HypenetError(f"config key {where}{required[0]} is missing; give it a value")
+    built = {name: _convert(hints[name], value, where + name) for name, value in values.items()}
+    try:
+        return kind(**built)
+    except HypenetError as error:
+        raise HypenetError(f"in config section {where.rstrip('.')!r}: {error}" if where else str(error)) from None
+
+
+def to_mapping(config: Any) -> dict:
+    """The dataclasses as nested plain dicts, JSON-able."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Sentences "section.field was X and is Y" for every leaf that differs."""
+    found = []
+    for name in sorted({*old, *new}):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += differences(before, now, f"{where}{name}.")
+        elif _plain(before) != _plain(now):
+            found.append(f"{where}{name} was {before} and is {now}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _run_program(path: pathlib.Path) -> ml_collections.ConfigDict:
+    if not path.is_file():
+        raise HypenetError(f"config {path} is not a file; give a Python program that defines get_config()")
+    spec = importlib.util.spec_from_file_location(f"hypenet_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
+        raise HypenetError(f"config {path} does not run ({type(error).__name__}: {error}); mend the program") from None
+    if not hasattr(module, "get_config"):
+        raise HypenetError(f"config {path} defines no get_config(); it must return an ml_collections ConfigDict")
+    return ml_collections.ConfigDict(module.get_config())
+
+
+def _apply_override(tree: ml_collections.ConfigDict, override: str, kind: type) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise HypenetError(f"--set {override!r} is not of the form section.field=value")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    *sections, leaf = name.split(".")
+    node: Any = tree
+    for depth, section in enumerate(sections):
+        known = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+        if section not in known:
+            raise HypenetError(_unknown_key(".".join(sections[: depth + 1]), known))
+        kind = _section_type(typing.get_type_hints(kind)[section])
+        if section not in node:
+            node[section] = ml_collections.ConfigDict()
+        node = node[section]
+    with node.unlocked():
+        node[leaf] = value
+
+
+def _section_type(hint: Any) -> type:
+    options = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)] or [hint]
+    return typing.cast(type, options[0])
+
+
+def _unknown_key(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known)) or 'nothing'}"
+    return f"config key {name} is unknown; {remedy}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise HypenetError(f"config key {where} is {value!r}; it must be a section of fields")
+        return from_mapping(typing.cast(type, hint), value, where + ".")
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise HypenetError(f"config key {where} is {value!r}; it must be a list")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in dict(value).items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise HypenetError(f"config key {where} is {value!r}; it must be of type {hint.__name__}")
+    return value

@@ -1,0 +1,185 @@
+"""The batches of a training stage: a range of the packed stream, cut into rows and shuffled; and long documents.
+
+A stage reads the tokens [start_token, stop_token) of the endless stream, each exactly once, and the next stage goes on
+from stop_token. Which rows a step holds follows from the seed and the step alone, so that a position is one number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import absl.flags
+import grain
+import numpy as np
+
+from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.errors import HypenetError
+
+# Batches made ahead of the training step, and the threads that make them.
+_AHEAD = 4
+_THREADS = 2
+
+
+def document_windows(
+    documents: PackedTokens | Iterable[np.ndarray | Sequence[int]], length: int, count: int
+) -> np.ndarray:
+    """int32 [n, length + 1]: the beginnings of the first documents with at least `length` + 1 tokens, n <= count.
+
+    documents: packed tokens (a document's last token is its end-of-document id), or arrays of token ids. The first
+    `length` tokens of a row are inputs, the last `length` their targets.
+    """
+    if length < 1 or count < 1:
+        raise HypenetError(f"document windows have length {length} and count {count}; both must be at least 1")
+    rows = documents.documents() if isinstance(documents, PackedTokens) else map(np.asarray, documents)
+    long = (row[: length + 1] for row in rows if len(row) > length)
+    return np.array(list(itertools.islice(long, count)), np.int32).reshape(-1, length + 1)
+
+
+def batch_of(tokens_BS: np.ndarray, starts_BS: np.ndarray) -> dict[str, np.ndarray]:
+    """The batch of rows with one token of lookahead, S = T + 1.
+
+    tokens_BS int32 [B, T+1], starts_BS bool [B, T+1] (True at a document's first token) -> "tokens", "targets",
+    "segment_ids" int32 [B, T] (documents counted from 0 within the row) and "loss_mask" bool [B, T] (True where the
+    target belongs to the token's document).
+    """
+    documents_BS = np.cumsum(starts_BS, axis=1, dtype=np.int32)
+    return {
+        "tokens": np.ascontiguousarray(tokens_BS[:, :-1]),
+        "targets": np.ascontiguousarray(tokens_BS[:, 1:]),
+        "segment_ids": documents_BS[:, :-1] - documents_BS[:, :1],
+        "loss_mask": ~starts_BS[:, 1:],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadRows:
+    """Maps the row numbers of a global batch to this host's part of it: a contiguous run of the rows."""
+
+    packed: PackedTokens
+    seq_len: int
+    start_token: int
+    host: int
+    hosts: int
+
+    def __call__(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
+        share = len(rows_B) // self.hosts
+        rows_B = rows_B[self.host * share : (self.host + 1) * share].astype(np.int64)
+        tokens_BS, starts_BS = self.packed.rows(self.start_token + rows_B * self.seq_len, self.seq_len + 1)
+        return batch_of(tokens_BS, starts_BS)
+
+
+class StageBatches(Iterator[dict[str, np.ndarray]]):
+    """`steps` batches (see `batch_of`) of this host's rows; an iterator whose position can be saved and set.
+
+    The range is cut into steps * batch_size rows of `seq_len` tokens, shuffled by `seed`. batch_size counts the rows
+    of all hosts; host h of `hosts` yields the h-th part of every global batch, so that the parts one after the other
+    are the batch of a single host, row by row. workers: processes that read ahead; 0 reads in threads.
+    Raises HypenetError where the rows do not divide over the hosts, and for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        packed: PackedTokens,
+        *,
+        seq_len: int,
+        batch_size: int,
+        start_token: int,
+        steps: int,
+        seed: int,
+        host: int = 0,
+        hosts: int = 1,
+        workers: int = 0,
+    ):
+        for name, value, lowest in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("start_token", start_token, 0),
+            ("steps", steps, 1),
+            ("seed", seed, 0),
+            ("hosts", hosts, 1),
+            ("workers", workers, 0),
+        ):
+            if value < lowest:
+                raise HypenetError(f"{name} is {value}; it must be at least {lowest}")
+        # The bound of grain's shuffle.
+        for name, value in (("seed", seed), ("steps * batch_size", steps * batch_size)):
+            if value >= 1 << 32:
+                raise HypenetError(f"{name} is {value}; it must be below 2**32")
+        if not 0 <= host < hosts:
+            raise HypenetError(f"host is {host}; it must lie in 0..{hosts - 1}")
+        if batch_size % hosts:
+            raise HypenetError(
+                f"batch_size {batch_size} does not divide over {hosts} hosts; make it a multiple of them"
+            )
+        self.packed, self.steps, self.workers = packed, steps, workers
+        self.stop_token = start_token + steps * batch_size * seq_len
+        self._stream = {
+            "data": packed.fingerprint,
+            "seq_len": seq_len,
+            "batch_size": batch_size,
+            "start_token": start_token,
+            "steps": steps,
+            "seed": seed,
+            "workers": workers,
+        }
+        self._dataset = (
+            grain.MapDataset.range(steps * batch_size)
+            .shuffle(seed=seed)
+            .batch(batch_size)
+            .map(_ReadRows(packed, seq_len, start_token, host, hosts))
+        )
+        self._step = 0
+        self._running: grain.DatasetIterator | None = None
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._step >= self.steps:
+            self.close()
+            raise StopIteration
+        if self._running is None:
+            self._running = self._start()
+        batch = next(self._running)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position and what identifies the stream, JSON-able; the same on every host."""
+        return {"step": self._step, "stream": dict(self._stream)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `get_state` was taken, at once and at any number of hosts.
+
+        Raises HypenetError where the state is of another stream or was taken with another number of workers.
+        """
+        stream = state["stream"]
+        for name, value in self._stream.items():
+            if stream.get(name) != value:
+                raise HypenetError(
+                    f"the saved data position has {name} {stream.get(name)!r} but this run has {value!r}; "
+                    "resume with the same, or start anew"
+                )
+        if not 0 <= state["step"] <= self.steps:
+            raise HypenetError(f"the saved data position is step {state['step']} of {self.steps}; it is damaged")
+        self.close()
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """Ends the threads or processes that read ahead; the next batch starts them again."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _start(self) -> grain.DatasetIterator:
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        ahead = self._dataset[self._step :].to_iter_dataset(options)
+        if self.workers:
+            # grain's processes read absl's flags, which nobody has parsed outside an absl program.
+            if not absl.flags.FLAGS.is_parsed():
+                absl.flags.FLAGS.mark_as_parsed()
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
+        return iter(ahead)

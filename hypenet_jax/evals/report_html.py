@@ -1,0 +1,376 @@
+"""The report's page: gathered data in, one self-contained HTML document out."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from hypenet_jax.evals import report_needles, report_plots
+from hypenet_jax.evals.report import MODELS, STAGES, ordered
+from hypenet_jax.evals.report_axes import short, short_length
+from hypenet_jax.evals.report_style import ATTENTION, CSS, LIGHTNING, model_colour, model_name
+
+_STAGE_NAMES = {
+    "align": ("Alignment", "MSE between the mixers' outputs"),
+    "distill": ("Distillation", "KL(teacher ‖ student), nats per token"),
+    "finetune": ("Long-context finetuning", "cross-entropy, nats per token"),
+    "train": ("Training", "cross-entropy, nats per token"),
+}
+
+
+def page(found: dict[str, Any], mark: str) -> str:
+    """The document, from what `report.gather` returns; `mark` is a <meta> element that says who wrote it."""
+    title = _title(found)
+    sections = [_network, _training, _selection, _scaling, _perplexity, _needles, _samples, _provenance]
+    body = "\n".join(section(found) for section in sections)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{mark}\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"{_header(found, title)}\n{body}\n"
+        "<footer>Written by hypenet_jax. The numbers behind this page are in report.json beside it.</footer>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _title(found: dict[str, Any]) -> str:
+    teacher = (found["teacher"] or {}).get("name")
+    if teacher:
+        return f"{pathlib.PurePath(teacher.removesuffix('.gguf')).name} → HypeNet"
+    return f"{found['name']}: {'conversion to HypeNet' if _converts(found) else 'trained from scratch'}"
+
+
+def _converts(found: dict[str, Any]) -> bool:
+    return found["kind"] == "conversion"
+
+
+def _header(found: dict[str, Any], title: str) -> str:
+    mixers = (found["student"] or {}).get("mixers") or []
+    kept = sum(m == "attention" for m in mixers)
+    lines = []
+    if mixers and kept < len(mixers):
+        lines.append(
+            f"{kept} of {len(mixers)} layers keep softmax attention; "
+            f"the other {len(mixers) - kept} are Lightning Attention layers."
+        )
+    trained = _tokens_trained(found)
+    seconds = sum(t or 0 for t in ((found["run"] or {}).get("seconds") or {}).values())
+    if trained:
+        took = f"; all steps took {_clock(seconds)}" if seconds else ""
+        lines.append(f"Trained on {short(trained)} tokens{took}.")
+    return (
+        f'<header>\n<p class="eyebrow">hypenet_jax · {found["kind"]} report · '
+        f'{escape(found["name"])}</p>\n<h1>{escape(title)}</h1>\n<p class="lede">{escape(" ".join(lines))}</p>\n'
+        f'<div class="cards">{"".join(_cards(found))}</div>\n</header>'
+    )
+
+
+def _cards(found: dict[str, Any]) -> list[str]:
+    cards = []
+    models = (found["eval"] or {}).get("models") or {}
+    name = "student" if "student" in models else next(iter(models), "student")
+    values = {m: (models.get(m) or {}).get("perplexity") for m in {name, "teacher"}}
+    if values[name] is not None:
+        note = f"teacher {values['teacher']:.2f}" if values.get("teacher") and name != "teacher" else ""
+        cards.append(_card("Perplexity, held-out documents", f"{values[name]:.2f}", note))
+    else:
+        cards.append(_card("Perplexity, held-out documents", "–", "not measured"))
+    rows = [r for r in found["accuracy"] if r["accuracy"] is not None]
+    lengths = sorted({r["length"] for r in rows})
+    trained = (found["eval"] or {}).get("train_length")
+    for length in dict.fromkeys([n for n in lengths if not trained or n <= trained][-1:] + lengths[-1:]):
+        label = f"Needles found at {short_length(length)}"
+        if trained:
+            times = "" if length == trained else f"{length / trained:.3g}× "
+            label += f" ({times}the training length)"
+        own, other = (_mean_accuracy(rows, m, length) for m in (name, "teacher"))
+        if own is not None:
+            note = f"teacher {other:.0%}" if other is not None and name != "teacher" else ""
+            cards.append(_card(label, f"{own:.0%}", note))
+    fit = found["fit_scale"] or {}
+    if fit.get("a"):
+        gain = ""
+        if fit.get("loss_unscaled") is not None and fit.get("loss"):
+            gain = f"loss {min(v for v in fit['loss'] if v is not None):.3f}, unscaled {fit['loss_unscaled']:.3f}"
+        cards.append(_card("Fitted a of the query scaling", f"{fit['a']:.4g}", gain))
+    return cards
+
+
+def _card(label: str, value: str, note: str) -> str:
+    return (
+        f'<div class="card"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="note">{escape(note)}</div></div>'
+    )
+
+
+def _network(found: dict[str, Any]) -> str:
+    who = [(name, found[name]) for name in ("teacher", "student") if found[name]]
+    if not who:
+        return _section("Network", _missing("the network", "config.json and export/config.json are not there"))
+    strips = "".join(
+        f'<div class="who">{model_name(name if _converts(found) else "model")}</div>{_strip(facts["mixers"])}'
+        for name, facts in who
+        if facts.get("mixers")
+    )
+    key = f'<div class="key"><span style="--c:{ATTENTION}">softmax attention</span>'
+    key += f'<span style="--c:{LIGHTNING}">Lightning Attention</span></div>'
+    parts = [f'<div class="strips">{strips}</div>{key}' if strips else _missing("the layers", "no layers chosen yet")]
+    rows = []
+    for fact, label in _FACTS.items():
+        values = [facts.get(fact) for _, facts in who]
+        if any(v is not None for v in values):
+            rows.append([label, *(_fact(v) for v in values)])
+    if rows:
+        head = ["", *((model_name(name if _converts(found) else "model")) for name, _ in who)]
+        parts.append(f'<div class="narrow">{_table(head, rows)}</div>')
+    return _section("Network", *parts)
+
+
+_FACTS = {
+    "layers": "Layers",
+    "width": "Width",
+    "ffn": "FFN width",
+    "heads": "Query heads",
+    "kv_heads": "Key/value heads of attention",
+    "head_dim": "Head width",
+    "vocabulary": "Vocabulary",
+    "tied_head": "Tied output head",
+    "rope_theta": "RoPE base",
+    "attention_rope": "RoPE in attention layers",
+    "attention_gate": "Output gate of attention",
+    "scaling": "Scaling of attention queries",
+}
+
+
+def _fact(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return escape(" ".join(str(v) for v in value.values()))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"{value:,}" if isinstance(value, int) else escape(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _strip(mixers: Sequence[str]) -> str:
+    boxes = "".join(
+        f'<i class="{m if m in ("attention", "lightning") else "other"}" title="layer {i}: {escape(m)}">{i}</i>'
+        for i, m in enumerate(mixers)
+    )
+    return f'<div class="strip">{boxes}</div>'
+
+
+def _training(found: dict[str, Any]) -> str:
+    expected = [s for s in STAGES if s in found["stages"] or (_converts(found) and s != "train")]
+    expected = expected or [s for s in STAGES if s in (found["config"] or {})]
+    if not expected:
+        return _section("Training", _missing("the loss", "no metrics.jsonl is there"))
+    cells = []
+    for stage in expected:
+        name, unit = _STAGE_NAMES[stage]
+        records = found["stages"].get(stage) or []
+        drawing = report_plots.loss_curve(stage, records)
+        if drawing is None:
+            cells.append(f"<div><h3>{name}</h3>{_missing('this stage', 'it has not run')}</div>")
+            continue
+        last = records[-1]
+        facts = [f"loss {last['loss']:.4g} at step {last['step']:,}" if last.get("loss") is not None else ""]
+        facts += [f"{short(last['tokens'])} tokens" if last.get("tokens") else ""]
+        facts += [_clock(last["seconds"]) if last.get("seconds") else ""]
+        caption = f"{unit}: {', '.join(f for f in facts if f)}."
+        cells.append(f"<div><h3>{name}</h3><figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure></div>")
+    return _section("Training", f'<div class="columns">{"".join(cells)}</div>')
+
+
+def _selection(found: dict[str, Any]) -> str:
+    if not _converts(found):
+        return ""
+    select = found["select"]
+    if not select:
+        return _section("Layer selection", _missing("the layers", "select.json is not there"))
+    layers = ", ".join(map(str, select.get("layers") or ())) or "none"
+    about = f"Attention stays in layers {layers} (method: {escape(str(select.get('method', 'unknown')))})."
+    drawing = report_plots.layer_scores(select)
+    if drawing is None:
+        return _section("Layer selection", f'<p class="about">{about} This choice needed no scores.</p>')
+    caption = (
+        "Score of every layer (dark: chosen to keep attention; a number above a bar: cut off), and accuracy of the "
+        "teacher with that layer alone replaced. Dashed: the unchanged teacher."
+    )
+    return _section("Layer selection", f'<p class="about">{about}</p>', _drawn(drawing, caption))
+
+
+def _scaling(found: dict[str, Any]) -> str:
+    fit = found["fit_scale"]
+    if not _converts(found):
+        return ""
+    drawing = report_plots.scale_fit(fit) if fit else None
+    if not fit or drawing is None:
+        return _section("Query scaling", _missing("the fit of a", "fit_scale.json is not there"))
+    where = ""
+    if fit.get("documents") and fit.get("length"):
+        where = f" over {fit['documents']} held-out documents of {fit['length']:,} tokens"
+    about = (
+        '<p class="about">s<sub>t</sub> = ln(t + a) / ln(a) multiplies the attention queries at position t. '
+        f"Loss{where} against a.</p>"
+    )
+    losses = [loss for loss in fit["loss"] if loss is not None]
+    rows = [["Fitted a", f"{fit['a']:.4g}"]] if fit.get("a") is not None else []
+    rows += [["Lowest loss of the grid, nats per token", f"{min(losses):.4f}"]]
+    if fit.get("loss_unscaled") is not None:
+        rows.append(["Loss unscaled, nats per token", f"{fit['loss_unscaled']:.4f}"])
+    return _section("Query scaling", about, _beside(_drawn(drawing, ""), _table(["Fit", ""], rows)))
+
+
+def _perplexity(found: dict[str, Any]) -> str:
+    models = (found["eval"] or {}).get("models") or {}
+    whole = [(m, models[m].get("perplexity")) for m in sorted(models, key=lambda m: ordered(m, MODELS))]
+    rows = [[_dot(m), f"{p:.3f}"] for m, p in whole if p is not None]
+    drawing = report_plots.perplexity_by_position(found["eval"] or {})
+    if not rows and drawing is None:
+        return _section("Perplexity", _missing("perplexity", "eval.json does not hold it"))
+    parts = []
+    if drawing is not None:
+        caption = "Perplexity of tokens by their position in held-out documents; lower is better."
+        parts.append(_drawn(drawing, caption))
+    if rows:
+        parts.append(_table(["Model", "Perplexity over all"], rows))
+    return _section("Perplexity", _beside(*parts))
+
+
+def _needles(found: dict[str, Any]) -> str:
+    rows = found["accuracy"]
+    lines = report_needles.needle_accuracy(found["eval"], rows)
+    if lines is None:
+        return _section("Needle in a haystack", _missing("retrieval", "eval.json holds no needle tests"))
+    tasks = {r["task"] for r in rows}
+    about = "RULER NIAH-Single: S1 hides a number in noise, S2 a number in essays, S3 a UUID in essays."
+    if any(t.endswith("-like") for t in tasks):
+        about += " “-like” marks the same tests over other prose than RULER's essays."
+    answered = ((found["eval"] or {}).get("settings") or {}).get("answer")
+    if answered == "forced":
+        about += " A needle counts as found when greedy generation would begin with the answer."
+    elif answered == "generate":
+        about += " A needle counts as found when the generated text contains the answer."
+    parts = [f'<p class="about">{about}</p>', _drawn(lines, "Answered needles by length, with Wilson's 95% intervals.")]
+    parts.append(_accuracy_table(rows))
+    maps = report_needles.needle_maps(found["eval"])
+    if maps is not None:
+        caption = (
+            "Share answered (in %) by length and depth of the needle; hatched: not measured. "
+            "Right of the dashed line lie lengths that training did not reach."
+        )
+        parts += ["<h3>By depth</h3>", _drawn(maps, caption)]
+    return _section("Needle in a haystack", *parts)
+
+
+def _accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
+    lengths = sorted({r["length"] for r in rows})
+    cells = {(r["task"], r["model"], r["length"]): r for r in rows}
+    lines, previous = [], None
+    for task, model in dict.fromkeys((r["task"], r["model"]) for r in rows):
+        columns = "".join(_accuracy_cell(cells.get((task, model, length))) for length in lengths)
+        first = f'<td class="text"><b>{escape(task)}</b></td>' if task != previous else "<td></td>"
+        group = ' class="group"' if task != previous and previous is not None else ""
+        lines.append(f'<tr{group}>{first}<td class="text">{_dot(model)}</td>{columns}</tr>')
+        previous = task
+    head = '<th>Task</th><th class="text">Model</th>' + "".join(f"<th>{short_length(n)}</th>" for n in lengths)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _accuracy_cell(row: dict[str, Any] | None) -> str:
+    if row is None or row["accuracy"] is None:
+        return "<td>–</td>"
+    tint = f"background:rgba(44,127,184,{0.3 * row['accuracy']:.3f})"
+    counts = f"<small>{row['correct']:g}/{row['total']:g}</small>"
+    return f'<td class="cell" style="{tint}">{row["accuracy"]:.0%}{counts}</td>'
+
+
+def _samples(found: dict[str, Any]) -> str:
+    samples = (found["eval"] or {}).get("samples") or []
+    if not samples:
+        return _section("Samples", _missing("generated text", "eval.json holds no samples"))
+    # The same prompt's continuations stand together.
+    prompts = list(dict.fromkeys(str(s.get("prompt", "")) for s in samples))
+    blocks = []
+    for sample in sorted(samples, key=lambda s: prompts.index(str(s.get("prompt", "")))):
+        model, prompt = str(sample.get("model", "model")), str(sample.get("prompt", ""))
+        shown = prompt if len(prompt) <= 700 else f"… {prompt[-700:]}"
+        blocks.append(
+            f'<div class="sample" style="--c:{model_colour(model)}"><div class="who">{escape(model_name(model))}</div>'
+            f'<p><span class="prompt">{escape(shown)}</span>{escape(str(sample.get("text", "")))}</p></div>'
+        )
+    return _section("Samples", '<p class="about">Greedy continuations; the prompt in grey.</p>', *blocks)
+
+
+def _provenance(found: dict[str, Any]) -> str:
+    run, parts = found["run"] or {}, []
+    if run.get("command"):
+        parts.append(f"<pre>{escape(str(run['command']))}</pre>")
+    rows = [["Device", escape(str(run["device"]))]] if run.get("device") else []
+    versions = run.get("versions") or {}
+    if versions:
+        rows.append(["Versions", escape(", ".join(f"{k} {v}" for k, v in versions.items()))])
+    seconds = {step: t for step, t in (run.get("seconds") or {}).items() if t is not None}
+    rows += [[f"Wall time, {escape(step)}", _clock(t)] for step, t in seconds.items()]
+    if rows:
+        body = "".join(f"<tr><td>{left}</td><td>{right}</td></tr>" for left, right in rows)
+        parts.append(f'<table class="facts"><tbody>{body}</tbody></table>')
+    if not parts:
+        parts.append(_missing("command, versions and wall times", "run.json is not there"))
+    if found["config"]:
+        text = escape(json.dumps(found["config"], indent=1, ensure_ascii=False))
+        parts.append(f"<details><summary>The whole config</summary><pre>{text}</pre></details>")
+    return _section("How this was made", *parts)
+
+
+def _section(heading: str, *parts: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{''.join(parts)}\n</section>"
+
+
+def _missing(what: str, why: str) -> str:
+    return f'<p class="missing"><b>Not measured:</b> {escape(what)} ({escape(why)}).</p>'
+
+
+def _drawn(drawing: str, caption: str) -> str:
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{drawing}{below}</figure>"
+
+
+def _beside(*parts: str) -> str:
+    """A figure with its small table to the right; one of them alone keeps its width."""
+    return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _dot(model: str) -> str:
+    return f'<span class="dot" style="--c:{model_colour(model)}"></span>{escape(model_name(model))}'
+
+
+def _mean_accuracy(rows: Sequence[dict[str, Any]], model: str, length: int) -> float | None:
+    """The mean over tasks, as RULER averages."""
+    values = [r["accuracy"] for r in rows if r["model"] == model and r["length"] == length]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _tokens_trained(found: dict[str, Any]) -> float:
+    return sum(records[-1].get("tokens") or 0 for records in found["stages"].values())
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,90 @@
+"""One model's measurements: perplexity by position, needles by length and depth, and samples of its writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hypenet_jax.evals import niah, perplexity
+from hypenet_jax.evals.niah_samples import make_samples
+from hypenet_jax.inference import generate
+from hypenet_jax.model import LanguageModel
+
+if TYPE_CHECKING:
+    from hypenet_jax.data.tokenizers import Tokenizer
+    from hypenet_jax.halo.settings import EvaluateConfig
+
+
+def evaluate_model(
+    model: LanguageModel,
+    params: dict,
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    *,
+    windows: np.ndarray,
+    essays: str | Sequence[str],
+    seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """{"perplexity", "perplexity_by_position", "niah"} as eval.json holds them for one model.
+
+    windows: int32 [N, T+1] held-out documents. essays: what S2 and S3 hide their needles in. `report` is told each
+    result in a line.
+    """
+    batch = max(1, config.batch_tokens // (windows.shape[1] - 1))
+    losses = perplexity.window_loss(model, params, windows, batch)
+    report(f"perplexity {losses.perplexity:.3f} over {len(windows)} windows of {windows.shape[1] - 1} tokens")
+    rows = []
+    for task in config.tasks:
+        for length in config.lengths:
+            found = needles(model, params, tokenizer, config, task, length, essays, seed)
+            right, total = sum(row["correct"] for row in found), sum(row["total"] for row in found)
+            report(f"NIAH {found[0]['task']} at {length}: {right} of {total}")
+            rows += found
+    return {"perplexity": losses.perplexity, "perplexity_by_position": losses.by_position(), "niah": rows}
+
+
+def needles(
+    model: LanguageModel,
+    params: dict,
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    task: str,
+    length: int,
+    essays: str | Sequence[str],
+    seed: int,
+) -> list[dict]:
+    """Rows {"task", "length", "depth", "correct", "total"} of one task at one length."""
+    first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    samples = make_samples(
+        task,
+        tokenizer,
+        length,
+        config.samples,
+        config.depths,
+        seed,
+        essays,
+        answer_budget=config.answer_budget,
+        first_ids=first,
+    )
+    batch = max(1, min(config.samples, config.batch_tokens // length))
+    if config.answer == "generate":
+        return niah.score(model, params, tokenizer, samples, None, config.answer_budget, batch_size=batch).rows
+    chunk = config.prefill_chunk if length > config.prefill_chunk else None
+    return niah.score_forced(model, params, samples, batch, prefill_chunk=chunk).rows
+
+
+def write_samples(
+    name: str, model: LanguageModel, params: dict, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int
+) -> list[dict]:
+    """[{"model", "prompt", "text"}]: greedy continuations of the prompts."""
+    if not prompts:
+        return []
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    continued = generate(model, params, ids, new_tokens)
+    return [
+        {"model": name, "prompt": prompt, "text": tokenizer.decode(new)}
+        for prompt, new in zip(prompts, continued, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""HALO: transfer, align, select, distill, finetune, fit the scaling; `pipeline` holds their order."""

@@ -1,0 +1,61 @@
+"""Stage 1 of HALO: every layer's Lightning mixer learns to give what the teacher's attention gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hypenet_jax.model import LanguageModel, mixers, stack
+
+
+def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
+    """loss(mixer_params, teacher_params, batch) -> (mean squared error, metrics) for the training loop.
+
+    The frozen teacher's residual stream feeds every layer, and each layer's student mixer gets the teacher mixer's
+    input; the error between the two outputs is averaged over layers, tokens and width (arXiv 2601.22156, stage 1).
+    `student` is all Lightning; mixer_params is {"layer_i": mixer parameters}. Nothing above the last layer's mixer
+    is computed: neither the last SwiGLU nor any logits.
+    """
+    last = student.config.num_layers - 1
+
+    def loss(mixer_params: dict, teacher_params: dict, batch: dict):
+        weights_BT = (batch["segment_ids"] >= 0).astype(jnp.float32)
+        errors = []
+
+        def mix(layer, normed_BTD, context):
+            wanted = mixers.attention.forward(
+                teacher_params[f"layer_{layer}"]["mixer"], teacher.config, normed_BTD, context
+            )
+            got = mixers.lightning.forward(mixer_params[f"layer_{layer}"], student.config, normed_BTD, context)
+            squared_BT = jnp.mean(jnp.square((got - wanted).astype(jnp.float32)), axis=-1)
+            errors.append(jnp.sum(squared_BT * weights_BT))
+            return wanted
+
+        # The stream itself needs no gradient: it is the frozen teacher's alone.
+        stack.forward(
+            jax.lax.stop_gradient(teacher_params),
+            teacher.config,
+            batch["tokens"],
+            batch["segment_ids"],
+            dtype=jnp.dtype(teacher.dtype),
+            mix=mix,
+        )
+        count = jnp.maximum(jnp.sum(weights_BT), 1.0)
+        per_layer = jnp.stack(errors) / count
+        metrics = {"count": count, "first_layer": per_layer[0], "last_layer": per_layer[last]}
+        return jnp.mean(per_layer), metrics
+
+    return loss
+
+
+def mixers_of(params: dict, num_layers: int) -> dict:
+    """{"layer_i": mixer parameters} of a full parameter tree: what stage 1 trains."""
+    return {f"layer_{i}": params[f"layer_{i}"]["mixer"] for i in range(num_layers)}
+
+
+def with_mixers(params: dict, mixer_params: dict) -> dict:
+    """The full tree with the named layers' mixers replaced."""
+    replaced = {name: params[name] | {"mixer": mixer} for name, mixer in mixer_params.items()}
+    return params | replaced

@@ -1,0 +1,27 @@
+"""Stage 2 of HALO: the hybrid learns the frozen teacher's distribution, token by token, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from hypenet_jax.model import LanguageModel
+from hypenet_jax.train.losses import distill_loss
+
+
+def distillation_loss(teacher: LanguageModel, student: LanguageModel, token_chunk: int) -> Callable:
+    """loss(student_params, teacher_params, batch) -> (KL(teacher || student), metrics), teacher in the same step.
+
+    Full vocabulary, temperature 1, mean over all real tokens; logits exist for `token_chunk` tokens at a time
+    (arXiv 2601.22156, stage 2; the official code let one token in twelve enter the loss until April 2026).
+    """
+
+    def loss(student_params: dict, teacher_params: dict, batch: dict):
+        wanted = jax.lax.stop_gradient(teacher.hidden(teacher_params, batch["tokens"], batch["segment_ids"]))
+        got = student.hidden(student_params, batch["tokens"], batch["segment_ids"])
+        return distill_loss(
+            got, student.head(student_params), wanted, teacher.head(teacher_params), batch, token_chunk=token_chunk
+        )
+
+    return loss

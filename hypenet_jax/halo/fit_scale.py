@@ -1,0 +1,63 @@
+"""Step 5 of HALO: fit the `a` of s_t = ln(t+a)/ln(a) by the loss on long held-out documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypenet_jax.evals.token_nll import padded_rows, project_nll
+from hypenet_jax.model import LanguageModel, stack
+
+
+def fit_scale(
+    model: LanguageModel, params: dict, windows: np.ndarray, grid: Sequence[float], batch_size: int = 1
+) -> dict:
+    """Mean next-token loss over windows int32 [N, T+1] for every a of the grid, and without scaling.
+
+    Returns {"a", "grid", "loss", "loss_unscaled", "length", "documents"}; "a" is the grid's best, refined by the
+    vertex of the parabola through it and its two neighbours in ln(a) where it lies inside the grid. a is traced: one
+    compilation serves the grid.
+    """
+    # loss(a=None) is the unscaled model: the training-time network, whatever scaling the config carries.
+    plain = model.with_logits_scaling(None)
+
+    @jax.jit
+    def total_nll(params, tokens_BT, targets_BT, ids_BT, a):
+        hidden = stack.forward(params, plain.config, tokens_BT, ids_BT, dtype=jnp.dtype(plain.dtype), hype_a=a)
+        nll_BT, _ = project_nll(hidden, plain.head(params), targets_BT, ids_BT)
+        return jnp.sum(nll_BT, axis=1)
+
+    def loss(a: float | None) -> float:
+        total = 0.0
+        for start in range(0, len(windows), batch_size):
+            rows = padded_rows(windows, start, batch_size)
+            real = len(windows[start : start + batch_size])
+            ids_BT = np.where(np.arange(batch_size)[:, None] < real, 0, -1) * np.ones_like(rows[:, :-1])
+            scale = None if a is None else jnp.float32(a)
+            total += float(np.sum(np.asarray(total_nll(params, rows[:, :-1], rows[:, 1:], ids_BT, scale), np.float64)))
+        return total / (len(windows) * (windows.shape[1] - 1))
+
+    grid = sorted(float(a) for a in grid)
+    losses = [loss(a) for a in grid]
+    return {
+        "a": vertex(grid, losses),
+        "grid": grid,
+        "loss": losses,
+        "loss_unscaled": loss(None),
+        "length": int(windows.shape[1] - 1),
+        "documents": len(windows),
+    }
+
+
+def vertex(grid: Sequence[float], losses: Sequence[float]) -> float:
+    """The minimum of the parabola through the best grid point and its neighbours, in ln(a); an edge stays itself."""
+    best = int(np.argmin(losses))
+    if best in (0, len(grid) - 1):
+        return float(grid[best])
+    x = np.log(np.asarray(grid[best - 1 : best + 2], np.float64))
+    y = np.asarray(losses[best - 1 : best + 2], np.float64)
+    curvature, slope, _ = np.polyfit(x - x[1], y, 2)
+    return float(grid[best]) if curvature <= 0 else float(np.exp(x[1] - slope / (2 * curvature)))

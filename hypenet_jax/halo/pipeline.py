@@ -1,0 +1,318 @@
+"""HALO from a teacher to an evaluated, exported student: the order of the steps, each of them resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hypenet_jax import hub
+from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals import suite
+from hypenet_jax.evals.choice import make_choices
+from hypenet_jax.evals.niah_samples import make_samples
+from hypenet_jax.evals.recall import recall_rows
+from hypenet_jax.evals.report import write_report
+from hypenet_jax.halo import corpus, select, transfer, variants
+from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
+from hypenet_jax.halo.distill import distillation_loss
+from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.halo.fit_scale import fit_scale
+from hypenet_jax.halo.settings import ConvertConfig
+from hypenet_jax.halo.workdir import claim, read_json, timed, write_json
+from hypenet_jax.model import LanguageModel
+from hypenet_jax.model.serialize import config_to_dict
+from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.rules import param_shardings
+from hypenet_jax.train.checkpoint import load_params, read_latest
+from hypenet_jax.train.loop import train
+from hypenet_jax.train.metrics import ReporterLike
+from hypenet_jax.train.stage import StageConfig
+
+
+# Tokens that the calibrated start measures output norms on.
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every step needs: the config, its work directory, the frozen teacher, and the text."""
+
+    config: ConvertConfig
+    workdir: pathlib.Path
+    mesh: Mesh
+    teacher: LanguageModel
+    teacher_params: dict  # float32 masters; the steps' compute dtype is the model's
+    text: PackedTokens
+    heldout: PackedTokens
+    reporter: ReporterLike
+
+    @property
+    def tokenizer(self):
+        """The teacher's tokenizer; `open_run` has checked that there is one."""
+        return self.teacher.tokenizer
+
+    @property
+    def frozen(self) -> dict:
+        """The teacher's weights as the training steps read them: in the compute dtype, spread over the mesh."""
+        return jax.tree.map(lambda leaf: leaf.astype(self.config.dtype), self.teacher_params)
+
+
+def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> Run:
+    """Check everything that can be wrong before any work: mesh, teacher, directory, text."""
+    mesh = make_mesh(config.mesh)
+    teacher, params = hub.load(config.teacher)
+    teacher = dataclasses.replace(teacher, dtype=config.dtype, remat=config.remat)
+    if teacher.tokenizer is None:
+        raise HypenetError(f"the teacher {config.teacher} has no tokenizer.json; put one beside its weights")
+    params = jax.device_put(params, param_shardings(teacher.param_axes(), params, mesh))
+    path = claim(workdir, config)
+    text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / "data", reporter.message)
+    return Run(config, path, mesh, teacher, params, text, heldout, reporter)
+
+
+def run_all(run: Run) -> pathlib.Path:
+    """Every step of HALO in order, the evaluation and the report; finished steps are taken as they are."""
+    align(run)
+    select_layers(run)
+    distill(run)
+    finetune(run)
+    fit(run)
+    export(run)
+    evaluate(run)
+    report = write_report(run.workdir)
+    run.reporter.message(f"the report is {report}")
+    return report
+
+
+def align(run: Run) -> dict:
+    """Stage 1. Returns the Lightning mixers of all layers, {"layer_i": parameters}."""
+    student, params = _transferred(run, ())
+    num_layers = student.config.num_layers
+    mixers = mixers_of(params, num_layers)
+    axes = mixers_of(student.param_axes(), num_layers)
+    return _train(run, "align", alignment_loss(run.teacher, student), student, mixers, axes, run.frozen, start_token=0)
+
+
+def select_layers(run: Run) -> tuple[int, ...]:
+    """Which layers keep attention: given, read from a table of scores, or measured. Written to select.json."""
+    config, path = run.config, run.workdir / "select.json"
+    if path.is_file():
+        return tuple(read_json(path)["layers"])
+    num_layers = run.teacher.config.num_layers
+    scores: dict = {}
+    with timed(run.workdir, "select"):
+        if config.student.attention_layers is not None:
+            method, layers = "given", config.student.attention_layers
+        else:
+            method = config.select.method
+            if config.select.scores is not None:
+                scores = select.read_scores(config.select.scores)
+            elif method in ("halo", "jet-nemotron", "kl-ls"):
+                scores = _measure(run)
+            layers = select.choose(scores, num_layers, method, config.select.keep)
+        found = {"method": method, "layers": list(layers), **scores}
+        if method in ("halo", "jet-nemotron", "kl-ls"):
+            importance = select.importance(scores["csr"], scores["recall"], method, kl=scores.get("kl"))
+            found["scores"] = importance.tolist()
+        write_json(path, found)
+    run.reporter.message(f"select  attention stays in layers {', '.join(map(str, layers)) or 'none'} ({method})")
+    return tuple(layers)
+
+
+def distill(run: Run) -> dict:
+    """Stage 2. Returns the student's parameters after it."""
+    student, params = start_student(run)
+    chunk = run.config.distill.token_chunk
+    loss = distillation_loss(run.teacher, student, chunk)
+    start = corpus.stage_tokens(run.config.align)
+    return _train(run, "distill", loss, student, params, student.param_axes(), run.frozen, start)
+
+
+def finetune(run: Run) -> dict:
+    """Stage 3. Returns the student's parameters after it."""
+    student = student_of(run)
+    params = _finished(run, "distill")
+    start = corpus.stage_tokens(run.config.align) + corpus.stage_tokens(run.config.distill)
+    loss = next_token_loss(student, run.config.finetune.token_chunk)
+    return _train(run, "finetune", loss, student, params, student.param_axes(), None, start)
+
+
+def fit(run: Run) -> float:
+    """Step 5: the a of s_t, written to fit_scale.json with its whole grid."""
+    path, settings = run.workdir / "fit_scale.json", run.config.fit_scale
+    if not path.is_file():
+        student, params = student_of(run), _finished(run, "finetune")
+        with timed(run.workdir, "fit_scale"):
+            windows = corpus.long_documents(run.heldout, settings.length, settings.documents)
+            fitted = fit_scale(student, params, windows, settings.grid, settings.batch_size)
+            write_json(path, fitted)
+    fitted = read_json(path)
+    run.reporter.message(
+        f"fit_scale  a = {fitted['a']:.4g} (loss {min(fitted['loss']):.4f}, unscaled {fitted['loss_unscaled']:.4f}, "
+        f"{fitted['documents']} documents of {fitted['length']} tokens)"
+    )
+    return fitted["a"]
+
+
+def export(run: Run) -> pathlib.Path:
+    """The student with its fitted scaling as a Hugging Face directory, W/export."""
+    student, params = finished_student(run)
+    directory = run.workdir / "export"
+    hub.save(student, params, directory)
+    run.reporter.message(f"export  {directory}")
+    return directory
+
+
+def evaluate(run: Run) -> dict:
+    """Teacher, student, and student without scaling, by the same measurements. Written to eval.json model by model."""
+    path, settings = run.workdir / "eval.json", run.config.evaluate
+    student, student_params = finished_student(run)
+    models = {
+        "teacher": (run.teacher, run.teacher_params),
+        "student": (student, student_params),
+        "student_unscaled": (student.with_logits_scaling(None), student_params),
+    }
+    wanted = {"settings": dataclasses.asdict(settings), "train_length": run.config.finetune.seq_len}
+    found = read_json(path) if path.is_file() else {}
+    if {name: found.get(name) for name in wanted} != json.loads(json.dumps(wanted)):
+        found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
+    windows = corpus.long_documents(run.heldout, settings.perplexity_length, settings.perplexity_documents)
+    essays = settings.essays or corpus.heldout_prose(run.heldout, run.tokenizer)
+    for name, (model, params) in models.items():
+        if name in found["models"]:
+            continue
+        with timed(run.workdir, f"evaluate {name}"):
+            found["models"][name] = suite.evaluate_model(
+                model,
+                params,
+                run.tokenizer,
+                settings,
+                windows=windows,
+                essays=essays,
+                seed=run.config.seed,
+                report=lambda line, name=name: run.reporter.message(f"evaluate {name}  {line}"),
+            )
+            if name != "student_unscaled":
+                found["samples"] += suite.write_samples(
+                    name, model, params, run.tokenizer, settings.prompts, settings.new_tokens
+                )
+        write_json(path, found)
+    return found
+
+
+def student_of(run: Run) -> LanguageModel:
+    """The hybrid whose layers `select` chose, without scaling."""
+    layers = read_json(run.workdir / "select.json")["layers"]
+    config = transfer.student_of(run.teacher.config, layers, run.config.student.position)
+    return dataclasses.replace(run.teacher, config=config)
+
+
+def start_student(run: Run) -> tuple[LanguageModel, dict]:
+    """The hybrid as stage 2 starts it: transferred attention layers, stage-1 Lightning layers."""
+    layers = read_json(run.workdir / "select.json")["layers"]
+    student, params = _transferred(run, layers)
+    chosen = {f"layer_{i}" for i, mixer in enumerate(student.config.mixers) if mixer == "lightning"}
+    aligned = _finished(run, "align")
+    return student, with_mixers(params, {name: aligned[name] for name in sorted(chosen)})
+
+
+def finished_student(run: Run) -> tuple[LanguageModel, dict]:
+    """The student after stage 3, with the fitted scaling where positions need it."""
+    fitted = read_json(run.workdir / "fit_scale.json")["a"]
+    return student_of(run).with_logits_scaling(fitted), _finished(run, "finetune")
+
+
+def _transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
+    """The student right after the weight transfer, calibrated on the first tokens of the training text."""
+    tokens, _ = run.text.slice(0, CALIBRATION_ROWS * CALIBRATION_LENGTH)
+    rows = np.asarray(tokens, np.int32).reshape(CALIBRATION_ROWS, CALIBRATION_LENGTH)
+    settings, seed = run.config.student, run.config.seed
+    return transfer.convert(
+        run.teacher, run.teacher_params, attention_layers, settings.position, settings.start, seed, rows
+    )
+
+
+def _measure(run: Run) -> dict:
+    settings, tokenizer = run.config.select, run.tokenizer
+    essays = corpus.heldout_prose(run.heldout, tokenizer)
+    samples = [
+        sample
+        for task in ("S1", "S2-like")
+        for sample in make_samples(
+            task,
+            tokenizer,
+            settings.length,
+            max(1, settings.questions // 2),
+            None,
+            run.config.seed,
+            essays,
+            answer_budget=settings.answer_budget,
+        )
+    ]
+    rows = recall_rows([s.prompt_ids for s in samples], [s.answer_ids for s in samples], settings.length)
+    documents = [tokens.tolist() for tokens in run.heldout.documents()]
+    choices = make_choices(documents, settings.questions, seed=run.config.seed)
+    student, _ = _transferred(run, ())
+
+    def report(layer: int, scores: dict) -> None:
+        run.reporter.message(
+            f"select  without the attention of layer {layer}: recall {scores['recall']:.3f}, "
+            f"choice {scores['csr']:.3f}, KL {scores['kl']:.4f}"
+        )
+
+    return variants.measure(
+        run.teacher,
+        run.teacher_params,
+        student,
+        _finished(run, "align"),
+        recall_rows=rows,
+        choices=choices,
+        batch_size=settings.batch_size,
+        report=report,
+    )
+
+
+def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, start_token: int) -> dict:
+    stage: StageConfig = getattr(run.config, name)
+    batches = corpus.stage_batches(run.text, stage, start_token, run.config.seed, run.config.data.workers)
+    with timed(run.workdir, name):
+        trained, _ = train(
+            name=name,
+            loss_fn=loss,
+            params=params,
+            frozen=frozen,
+            batches=batches,
+            stage=stage,
+            directory=run.workdir / name,
+            mesh=run.mesh,
+            param_shardings=param_shardings(axes, params, run.mesh),
+            model_info=config_to_dict(student.config),
+            reporter=run.reporter,
+        )
+    return trained
+
+
+def _finished(run: Run, name: str) -> dict:
+    """The parameters of a finished stage; HypenetError when it has not run to its end."""
+    directory, steps = run.workdir / name, getattr(run.config, name).steps
+    latest = read_latest(directory)
+    if latest is None or latest["step"] < steps:
+        at = "has not started" if latest is None else f"stands at step {latest['step']} of {steps}"
+        raise HypenetError(f"stage {name} in {directory} {at}; run `hypenet {name}` to its end first")
+    if name == "align":
+        student = dataclasses.replace(
+            run.teacher, config=transfer.student_of(run.teacher.config, (), run.config.student.position)
+        )
+        axes, shapes = (mixers_of(t, student.config.num_layers) for t in (student.param_axes(), student.param_shapes()))
+    else:
+        student = student_of(run)
+        axes, shapes = student.param_axes(), student.param_shapes()
+    return load_params(directory, param_shardings(axes, shapes, run.mesh))[1]
+

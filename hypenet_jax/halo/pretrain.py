@@ -1,0 +1,94 @@
+"""Training from scratch with cross-entropy: teachers, and the paper's from-scratch comparison. The same loop as HALO."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+
+from hypenet_jax import hub
+from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
+from hypenet_jax.evals import suite
+from hypenet_jax.evals.report import write_report
+from hypenet_jax.halo import corpus
+from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.halo.settings import NetworkConfig, PretrainConfig
+from hypenet_jax.halo.transfer import student_of
+from hypenet_jax.halo.workdir import claim, timed, write_json
+from hypenet_jax.model import LanguageModel, ModelConfig
+from hypenet_jax.model.serialize import config_to_dict
+from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.rules import param_shardings
+from hypenet_jax.train.loop import train
+from hypenet_jax.train.metrics import ReporterLike
+
+
+def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> pathlib.Path:
+    """Train, export to W/export, evaluate into W/eval.json, report. Resumable like every stage; returns the report."""
+    mesh = make_mesh(config.mesh)
+    tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+    model = LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, tokenizer)
+    path = claim(workdir, config)
+    text, heldout = corpus.packed_corpus(config.data, tokenizer, path / "data", reporter.message)
+    shardings = param_shardings(model.param_axes(), model.param_shapes(), mesh)
+    with timed(path, "train"):
+        params, _ = train(
+            name="train",
+            loss_fn=next_token_loss(model, config.train.token_chunk),
+            params=jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed)),
+            frozen=None,
+            batches=corpus.stage_batches(text, config.train, 0, config.seed, config.data.workers),
+            stage=config.train,
+            directory=path / "train",
+            mesh=mesh,
+            param_shardings=shardings,
+            model_info=config_to_dict(model.config),
+            reporter=reporter,
+        )
+    hub.save(model, params, path / "export")
+    settings = config.evaluate
+    with timed(path, "evaluate"):
+        measured = suite.evaluate_model(
+            model,
+            params,
+            tokenizer,
+            settings,
+            windows=corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents),
+            essays=settings.essays or corpus.heldout_prose(heldout, tokenizer),
+            seed=config.seed,
+            report=reporter.message,
+        )
+        samples = suite.write_samples("model", model, params, tokenizer, settings.prompts, settings.new_tokens)
+    found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
+    write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
+    return write_report(path)
+
+
+def network(sizes: NetworkConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's config: a Qwen3- or Llama-like Transformer, or a HypeNet when `attention_layers` is given."""
+    every_layer = ("attention",) * sizes.num_layers
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        mixers=every_layer,
+        family="qwen3" if sizes.qk_norm else "llama",
+        tie_embeddings=sizes.tie_embeddings,
+        qk_norm=sizes.qk_norm,
+        rope_theta=sizes.rope_theta,
+        max_position=sizes.max_position,
+        bos_id=tokenizer.bos_id,
+        eos_ids=(tokenizer.eos_id,),
+        pad_id=tokenizer.pad_id,
+    )
+    if sizes.attention_layers is None:
+        return config
+    hybrid = student_of(config, sizes.attention_layers, sizes.position)
+    scaled = LanguageModel(hybrid).with_logits_scaling(sizes.logits_scaling)
+    return scaled.config

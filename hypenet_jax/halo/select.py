@@ -1,0 +1,118 @@
+"""Layer selection: which layers keep softmax attention. Published rules over scores of single-layer variants."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.halo.settings import SELECTION_METHODS, check_choice
+
+# With these the published scores of Qwen3-1.7B give the published layers; without the clip the layer with the best
+# common-sense score always ranks first by a factor of 1e8.
+EPS = 1e-10
+CLIP = 50.0
+
+
+def rank(
+    csr: Sequence[float] | np.ndarray,
+    recall: Sequence[float] | np.ndarray,
+    method: str = "halo",
+    *,
+    kl: Sequence[float] | np.ndarray | None = None,
+    eps: float = EPS,
+    clip: float = CLIP,
+) -> list[int]:
+    """Layer indices, the one that most needs its attention first; equal scores by index.
+
+    csr, recall, kl: [L] common-sense score, recall score and KL(teacher || variant) of the model whose layer i alone
+    is replaced by its stage-1 Lightning student. Methods: see `importance`. "evenly" and "latter-half" need the
+    number of layers alone and put their layers, in order, before the rest; for a given number of kept layers use
+    `choose`. Raises HypenetError for unknown methods and arrays of different or no length.
+    """
+    scores = importance(csr, recall, method, kl=kl, eps=eps, clip=clip)
+    return [int(i) for i in np.argsort(-scores, kind="stable")]
+
+
+def importance(csr, recall, method: str = "halo", *, kl=None, eps: float = EPS, clip: float = CLIP) -> np.ndarray:
+    """float64 [L], larger where attention matters more.
+
+    "halo": (max_j R_j - R_i) / (max_j C_j - C_i + eps), clipped (arXiv 2601.22156); "jet-nemotron": the drop in
+    recall alone; "kl-ls": the KL to the teacher. "evenly", "latter-half" and "none" measure nothing: see `choose`.
+    """
+    check_choice("method", method, SELECTION_METHODS)
+    csr, recall = np.asarray(csr, np.float64), np.asarray(recall, np.float64)
+    if csr.ndim != 1 or csr.shape != recall.shape or not csr.size:
+        raise HypenetError(f"csr has shape {csr.shape} and recall {recall.shape}; both must be [layers], at least one")
+    if method == "halo":
+        return np.minimum((recall.max() - recall) / (csr.max() - csr + eps), clip)
+    if method == "jet-nemotron":
+        return recall.max() - recall
+    if method == "kl-ls":
+        kl = None if kl is None else np.asarray(kl, np.float64)
+        if kl is None or kl.shape != csr.shape:
+            raise HypenetError(f"kl-ls ranks by the KL of each of {csr.size} layers; give kl, one value a layer")
+        return kl
+    chosen = by_position(csr.size, csr.size // 4, method)
+    return np.isin(np.arange(csr.size), chosen).astype(np.float64)
+
+
+def by_position(num_layers: int, keep: int, method: str) -> tuple[int, ...]:
+    """Layers chosen without any score: "evenly" over all, evenly in the "latter-half", or "none" at all.
+
+    Each of `keep` equal stretches gives its last layer.
+    """
+    if method == "none":
+        return ()
+    first = num_layers // 2 if method == "latter-half" else 0
+    return tuple(first + (i + 1) * (num_layers - first) // keep - 1 for i in range(keep))
+
+
+def choose(scores: dict, num_layers: int, method: str, keep: int | None = None) -> tuple[int, ...]:
+    """The layers that keep attention, ascending: the top `keep` (default floor(L/4)) of the rule.
+
+    scores: {"csr": [L], "recall": [L], "kl": [L]}, as far as the method needs them.
+    """
+    check_choice("method", method, SELECTION_METHODS)
+    keep = num_layers // 4 if keep is None else keep
+    if not 0 <= keep <= num_layers:
+        raise HypenetError(f"keep is {keep} but the model has {num_layers} layers; keep between 0 and all of them")
+    if method in ("evenly", "latter-half", "none"):
+        return by_position(num_layers, keep, method)
+    zeros = np.zeros(num_layers)
+    csr, recall = scores.get("csr", zeros), scores.get("recall", zeros)
+    if len(csr) != num_layers or len(recall) != num_layers:
+        raise HypenetError(f"the scores cover {len(csr)} layers but the model has {num_layers}; give one score a layer")
+    return tuple(sorted(rank(csr, recall, method, kl=scores.get("kl"))[:keep]))
+
+
+def read_scores(path: str | pathlib.Path) -> dict:
+    """Scores a layer from a JSON table: {"layers": [{"layer", "csr", "recall"[, "kl"]}, ...]}.
+
+    csr and recall are numbers or {task: score}, which are averaged. Raises HypenetError for a missing file, broken
+    JSON, missing fields, or layers that are not 0, 1, 2, ...
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise HypenetError(f"the table of scores {path} is not a file; give a JSON file")
+    try:
+        rows = sorted(json.loads(path.read_text())["layers"], key=lambda row: row["layer"])
+        scores = {name: [_mean(row[name]) for row in rows] for name in ("csr", "recall")}
+        if rows and "kl" in rows[0]:
+            scores["kl"] = [_mean(row["kl"]) for row in rows]
+        layers = [row["layer"] for row in rows]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise HypenetError(
+            f"the table of scores {path} does not read ({type(error).__name__}: {error}); "
+            'it must be {"layers": [{"layer": 0, "csr": .., "recall": ..}, ..]}'
+        ) from None
+    if layers != list(range(len(layers))) or not layers:
+        raise HypenetError(f"the table of scores {path} has layers {layers}; they must be 0, 1, 2, ... without gaps")
+    return scores
+
+
+def _mean(value: float | dict) -> float:
+    return float(np.mean(list(value.values()))) if isinstance(value, dict) else float(value)

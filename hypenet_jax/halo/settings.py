@@ -1,0 +1,167 @@
+"""The settings of a conversion and of a training from scratch, as frozen dataclasses with their defaults.
+
+Defaults follow arXiv 2601.22156 where it gives a value; docs/method.md names the departures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.model.config import POSITIONS
+from hypenet_jax.train.stage import StageConfig
+
+SELECTION_METHODS = ("halo", "jet-nemotron", "kl-ls", "evenly", "latter-half", "none")
+STARTS = ("official", "calibrated")
+
+
+def check_choice(name: str, value: str, choices) -> None:
+    """Raise unless value is one of choices."""
+    if value not in choices:
+        raise HypenetError(f"{name} is {value!r}; use one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text to train on. A share of the documents, chosen by their content, is held out for every measurement."""
+
+    sources: tuple[str, ...]
+    heldout: tuple[str, ...] = ()  # documents of their own instead of a held-out share
+    heldout_share: float = 0.01
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self):
+        if not self.sources:
+            raise HypenetError("data.sources is empty; name at least one file, folder or built-in source")
+        if not 0 < self.heldout_share < 1 and not self.heldout:
+            raise HypenetError(f"data.heldout_share is {self.heldout_share}; it must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """What the teacher becomes."""
+
+    position: str = "hype"
+    start: str = "calibrated"
+    attention_layers: tuple[int, ...] | None = None  # None: chosen by `select`
+
+    def __post_init__(self):
+        check_choice("student.position", self.position, POSITIONS)
+        check_choice("student.start", self.start, STARTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """How the attention layers are chosen: a published rule over measured or given scores."""
+
+    method: str = "halo"
+    keep: int | None = None  # None: floor(L / 4)
+    scores: str | None = None  # a JSON table of scores a layer, instead of measuring
+    questions: int = 64
+    length: int = 512
+    batch_size: int = 16
+    answer_budget: int = 128
+
+    def __post_init__(self):
+        check_choice("select.method", self.method, SELECTION_METHODS)
+        if self.keep is not None and self.keep < 0:
+            raise HypenetError(f"select.keep is {self.keep}; it must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class FitScaleConfig:
+    """The grid on which the `a` of s_t = ln(t+a)/ln(a) is fitted, by loss on long held-out documents."""
+
+    grid: tuple[float, ...] = (10, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1500, 2000, 5000)
+    length: int = 65536
+    documents: int = 8
+    batch_size: int = 1
+
+    def __post_init__(self):
+        if len(self.grid) < 3 or min(self.grid) <= 1:
+            raise HypenetError(f"fit_scale.grid is {self.grid}; it needs at least three values above 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Needles, perplexity and a sample, for teacher and student."""
+
+    tasks: tuple[str, ...] = ("S1", "S2", "S3")
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    samples: int = 20
+    depths: tuple[float, ...] | None = None  # None: RULER's random depths
+    essays: str | None = None  # file or folder of essays; None: held-out prose, tasks then named S2-like, S3-like
+    answer: str = "forced"  # "forced": greedy match read off one forward; "generate": decode and search
+    answer_budget: int = 128  # tokens kept free for the answer, as RULER does
+    prefill_chunk: int = 8192  # longer needle tests run in chunks with a cache
+    perplexity_length: int = 4096
+    perplexity_documents: int = 32
+    batch_tokens: int = 32768
+    prompts: tuple[str, ...] = ()
+    new_tokens: int = 128
+
+    def __post_init__(self):
+        check_choice("evaluate.answer", self.answer, ("forced", "generate"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """All five steps of HALO and the evaluation."""
+
+    teacher: str
+    data: DataConfig
+    align: StageConfig
+    distill: StageConfig
+    finetune: StageConfig
+    student: StudentConfig = StudentConfig()
+    select: SelectConfig = SelectConfig()
+    fit_scale: FitScaleConfig = FitScaleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = 0
+    dtype: str = "bfloat16"
+    remat: bool = True
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of a network trained from scratch; `attention_layers` None makes a plain Transformer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attention_layers: tuple[int, ...] | None = None
+    position: str = "rope"
+    rope_theta: float = 1e6
+    tie_embeddings: bool = True
+    qk_norm: bool = True
+    max_position: int = 4096
+    logits_scaling: float | None = None
+
+    def __post_init__(self):
+        check_choice("model.position", self.position, POSITIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Training from scratch with cross-entropy: teachers, and the paper's from-scratch comparison."""
+
+    model: NetworkConfig
+    data: DataConfig
+    train: StageConfig
+    tokenizer: str = "bytes"  # "bytes", or a directory or file with a tokenizer.json
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = 0
+    dtype: str = "bfloat16"
+    remat: bool = False
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))

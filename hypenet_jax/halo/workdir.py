@@ -1,0 +1,79 @@
+"""A work directory: claimed by one config, its small results written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from hypenet_jax import config as configs
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.train.checkpoint import versions
+
+# What a directory may already hold when a run claims it.
+CONFIG = "config.json"
+
+
+def claim(directory: str | os.PathLike, config: Any, free: tuple[str, ...] = ("evaluate",)) -> pathlib.Path:
+    """Make the directory this config's own, or continue in it when it already is.
+
+    Sections in `free` may differ from an earlier run's. Raises HypenetError when the directory holds something else,
+    or a run of another config (naming the first field that differs).
+    """
+    path = pathlib.Path(directory)
+    wanted = json.loads(json.dumps(configs.to_mapping(config)))
+    if path.exists() and not path.is_dir():
+        raise HypenetError(f"the work directory {path} is a file; choose another")
+    stored = path / CONFIG
+    if stored.is_file():
+        before = read_json(stored)
+        changed = configs.differences(
+            {k: v for k, v in before.items() if k not in free}, {k: v for k, v in wanted.items() if k not in free}
+        )
+        if changed:
+            raise HypenetError(f"the work directory {path} belongs to another run: {changed[0]}; choose another")
+    elif path.is_dir() and any(path.iterdir()):
+        raise HypenetError(f"the work directory {path} holds something else; choose an empty or a new one")
+    write_json(stored, wanted)
+    return path
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a JSON file beside its place and move it there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise HypenetError(f"{path} cannot be written ({error.strerror}); free space or choose another place") from None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The file's value; HypenetError for a missing or broken file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HypenetError(f"{path} is missing; run the step that writes it first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise HypenetError(f"{path} is not valid JSON ({error}); remove it and run its step again") from None
+
+
+@contextlib.contextmanager
+def timed(workdir: pathlib.Path, step: str) -> Iterator[None]:
+    """Add the seconds that the body takes to run.json, with the command, versions and device that ran it."""
+    path, start = workdir / "run.json", time.monotonic()
+    yield
+    run = read_json(path) if path.is_file() else {"seconds": {}}
+    run["command"] = " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+    run["versions"] = versions()
+    run["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    run["seconds"][step] = round(run["seconds"].get(step, 0.0) + time.monotonic() - start, 1)
+    write_json(path, run)

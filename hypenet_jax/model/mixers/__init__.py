@@ -1,0 +1,9 @@
+"""Mixers by name. Each file holds one mixer: its parameters, forward, cache, transfer from attention and names."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from hypenet_jax.model.mixers import attention, lightning
+
+BY_NAME: dict[str, ModuleType] = {"attention": attention, "lightning": lightning}

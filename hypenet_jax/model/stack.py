@@ -1,0 +1,134 @@
+"""The network: embedding, layers of mixer and SwiGLU, final norm. Pure functions over the parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hypenet_jax.model import mixers
+from hypenet_jax.model.config import ModelConfig
+from hypenet_jax.model.context import Context, training_context
+from hypenet_jax.model.layers import hype_scaling, query_scaling, rms_norm, swiglu
+from hypenet_jax.model.parameters import Parameter, Table, ones
+
+# mix(layer, normed_BTD, context) -> the mixer's output [B, T, D]
+Mix = Callable[[int, jax.Array, Context], jax.Array]
+
+
+def parameters(config: ModelConfig) -> Table:
+    """The table of all parameters, in the layout of docs/checkpoints.md."""
+    width, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    table: Table = {
+        "embedding": Parameter((vocab, width), ("vocab", "embed")),
+        "final_norm": Parameter((width,), ("norm",), ones),
+    }
+    if not config.tie_embeddings:
+        table["lm_head"] = Parameter((width, vocab), ("embed", "vocab"))
+    for layer, mixer in enumerate(config.mixers):
+        table[f"layer_{layer}"] = {
+            "input_norm": Parameter((width,), ("norm",), ones),
+            "mixer": mixers.BY_NAME[mixer].parameters(config),
+            "post_norm": Parameter((width,), ("norm",), ones),
+            "mlp": {
+                "gate": Parameter((width, ffn), ("embed", "mlp")),
+                "up": Parameter((width, ffn), ("embed", "mlp")),
+                "down": Parameter((ffn, width), ("mlp", "embed")),
+            },
+        }
+    return table
+
+
+def head(params: dict) -> jax.Array:
+    """The output projection [D, V]: its own matrix, or the transposed embedding when tied."""
+    return params["lm_head"] if "lm_head" in params else params["embedding"].T
+
+
+def own_mixers(params: dict, config: ModelConfig) -> Mix:
+    """Every layer mixes with the mixer that the config names and its own parameters."""
+
+    def mix(layer: int, normed_BTD: jax.Array, context: Context) -> jax.Array:
+        mixer = mixers.BY_NAME[config.mixers[layer]]
+        return mixer.forward(params[f"layer_{layer}"]["mixer"], config, normed_BTD, context)
+
+    return mix
+
+
+def forward(
+    params: dict,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+    mix: Mix | None = None,
+    hype_a: jax.Array | None = None,
+) -> jax.Array:
+    """Hidden states after the final norm, [B, T, D] in `dtype`.
+
+    `mix` replaces the layers' mixers: alignment watches them and selection swaps them through it. `remat` keeps only
+    each layer's input for the backward pass. `hype_a` overrides the config's query scaling by s_t of that a, which
+    may be traced (fitting tries many).
+    """
+    context = training_context(tokens_BT, segment_ids_BT)
+    if hype_a is not None:
+        context = context._replace(query_scale_BT=hype_scaling(hype_a, context.positions_BT))
+    else:
+        context = context._replace(query_scale_BT=query_scaling(config.logits_scaling, context.positions_BT))
+    mix = mix or own_mixers(params, config)
+    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+    for layer in range(config.num_layers):
+
+        def run(x_BTD, layer=layer):
+            weights = params[f"layer_{layer}"]
+            mixed = mix(layer, rms_norm(x_BTD, weights["input_norm"], config.norm_eps), context)
+            return _feed_forward(weights, config, x_BTD + mixed)
+
+        x_BTD = jax.checkpoint(run)(x_BTD) if remat else run(x_BTD)
+    return rms_norm(x_BTD, params["final_norm"], config.norm_eps)
+
+
+def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> dict:
+    """{"length": int32 [B], "layers": one entry a layer}: keys and values by slot, or a recurrent state."""
+    layers = tuple(mixers.BY_NAME[mixer].init_cache(config, batch, max_len, dtype) for mixer in config.mixers)
+    return {"length": jnp.zeros((batch,), jnp.int32), "layers": layers}
+
+
+def step(
+    params: dict,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    cache: dict,
+    valid_BT: jax.Array | None = None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, dict]:
+    """Append T tokens to each row's cached sequence: a chunk of a prompt, or one decoded token.
+
+    valid_BT (bool) marks real tokens; the others leave every cache as it was. Returns the hidden states [B, T, D]
+    after the final norm and the new cache. The caller keeps the sequence within the cache's max_len.
+    """
+    if valid_BT is None:
+        valid_BT = jnp.ones(tokens_BT.shape, bool)
+    count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32)
+    positions_BT = jnp.maximum(cache["length"][:, None] + count_BT - 1, 0)
+    ids_BT = jnp.where(valid_BT, 0, -1)
+    context = Context(positions_BT, ids_BT, query_scaling(config.logits_scaling, positions_BT))
+    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+    layers = []
+    for layer, mixer in enumerate(config.mixers):
+        weights = params[f"layer_{layer}"]
+        normed = rms_norm(x_BTD, weights["input_norm"], config.norm_eps)
+        mixed, stored = mixers.BY_NAME[mixer].step(
+            weights["mixer"], config, normed, context, cache["layers"][layer]
+        )
+        layers.append(stored)
+        x_BTD = _feed_forward(weights, config, x_BTD + mixed)
+    hidden = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
+    return hidden, {"length": cache["length"] + count_BT[:, -1], "layers": tuple(layers)}
+
+
+def _feed_forward(weights: dict, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD + swiglu(weights["mlp"], rms_norm(x_BTD, weights["post_norm"], config.norm_eps))

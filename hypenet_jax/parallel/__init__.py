@@ -1,0 +1,1 @@
+"""Device meshes and the table that lays parameters and batches over them."""

@@ -1,0 +1,53 @@
+"""The device mesh: four named axes, always present, possibly of size 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from hypenet_jax.errors import HypenetError
+
+# data: replicas of the parameters; fsdp: parameters, moments and rows of the batch are split; seq: positions are split
+# (context parallelism); tensor: heads, MLP width and vocabulary are split. Outermost first: the outer axes carry the
+# least traffic, so on several hosts they are the ones that cross the slow network.
+AXES = ("data", "fsdp", "seq", "tensor")
+
+
+def _sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
+    """The size of each of AXES; -1 on one axis takes the devices that the others leave."""
+    axes = {"fsdp": -1} if axes is None else dict(axes)
+    for name, size in axes.items():
+        if name not in AXES:
+            raise HypenetError(f"mesh axis {name!r} is unknown; the axes are {', '.join(AXES)}")
+        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+            raise HypenetError(f"mesh axis {name!r} has size {size!r}; it must be a positive integer, or -1 (the rest)")
+    sizes = {name: axes.get(name, 1) for name in AXES}
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_axes) > 1:
+        raise HypenetError(f"mesh axes {' and '.join(open_axes)} are all -1; only one axis can take the rest")
+    if open_axes and count % known == 0:
+        sizes[open_axes[0]] = count // known
+    if math.prod(sizes.values()) != count:
+        written = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise HypenetError(f"mesh {written} does not multiply to the {count} devices here; change the sizes")
+    return sizes
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes ("data", "fsdp", "seq", "tensor"), every one of type Auto.
+
+    Args:
+      axes: sizes by axis name; an absent axis has size 1; one axis may be -1, "what the others leave". None puts every
+        device on fsdp.
+      devices: the devices of the mesh; None takes all of them.
+
+    Raises:
+      HypenetError: an unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _sizes(axes, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,0 +1,240 @@
+"""The training loop of every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.rules import batch_sharding, replicated
+from hypenet_jax.train.checkpoint import Checkpoints
+from hypenet_jax.train.metrics import ReporterLike
+from hypenet_jax.train.preemption import EXIT_PREEMPTED, Preemption
+from hypenet_jax.train.stage import StageConfig, check_resumable
+from hypenet_jax.train.step import LossFn, abstract_state, create_state, make_step
+
+
+class Batches(Protocol):
+    """An endless iterator of batches whose position can be saved: dicts of numpy arrays [B, T, ...].
+
+    With several processes each yields its own rows of the same global batch.
+    """
+
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def train(
+    *,
+    name: str,
+    loss_fn: LossFn,
+    params: Any,
+    frozen: Any,
+    batches: Batches,
+    stage: StageConfig,
+    directory: str | os.PathLike[str],
+    mesh: Mesh,
+    param_shardings: Any = None,
+    model_info: dict[str, Any],
+    reporter: ReporterLike,
+    donate: bool = True,
+) -> tuple[Any, dict[str, Any]]:
+    """Trains `params`, or goes on where `directory` stopped; a finished stage returns at once.
+
+    Killed at any moment and started again, a run gives the parameters, moments and metrics of an uninterrupted one to
+    the bit (same mesh, same versions).
+
+    Args:
+      name: the stage's name, for messages.
+      loss_fn: (params, frozen, batch) -> (loss, metrics); a scalar and a dict of scalars, both means over
+        metrics["count"] items if that is present (see `step.loss_and_gradients`).
+      params: nested dicts of arrays; left untouched. Trained as float32 copies.
+      frozen: any tree of arrays (or None) that loss_fn needs and nothing changes. Arrays not on `mesh` are replicated.
+      batches: not touched before the first update, except that a resumed run sets its position.
+      stage: the numbers.
+      directory: gets checkpoints/, metrics.jsonl and TensorBoard events.
+      mesh: see `parallel.mesh.make_mesh`.
+      param_shardings: tree of NamedSharding like params; None replicates.
+      model_info: JSON-able config of the model, saved with every checkpoint and compared on resume.
+      reporter: see `metrics.Reporter`.
+      donate: the update reuses the memory of the state before it.
+
+    Returns:
+      (params float32 on the mesh, summary {"name", "step", "resumed_from", "loss", "lr", "tokens", "seconds", ...}: the
+      metrics of the last step).
+
+    Raises:
+      HypenetError: a loss that is not finite, data that ends early or has the wrong size, checkpoints of another model
+        or stage, or unreadable ones.
+      SystemExit: with EXIT_PREEMPTED, after SIGTERM; the state is saved.
+    """
+    directory = os.path.abspath(directory)
+    _check_rows(stage, mesh)
+    if param_shardings is None:
+        param_shardings = jax.tree.map(lambda _: replicated(mesh), params)
+    abstract = abstract_state(params, stage, param_shardings, mesh)
+
+    with Checkpoints(directory, keep=stage.keep) as checkpoints:
+        first, saved = checkpoints.latest_step() or 0, {}
+        if first:
+            saved = checkpoints.about(first)
+            _check_same_run(saved, stage, model_info, checkpoints.directory)
+        if first >= stage.steps:
+            done = checkpoints.restore(first, {"params": abstract["params"]})
+            return done["params"], {"name": name, "resumed_from": first, **saved["metrics"]}
+        if first:
+            state = checkpoints.restore(first, abstract)
+            batches.set_state(saved["data"])
+        else:
+            state = create_state(params, stage, abstract)
+        del params
+        frozen = _place_frozen(frozen, mesh)
+        update = make_step(loss_fn, stage, abstract, mesh, donate)
+        log = _Log(name, stage, reporter, saved.get("metrics", {}), checkpoints)
+
+        with reporter.open(name, directory, stage.steps, first), Preemption() as preemption:
+            if first:
+                reporter.message(f"{name}: continuing from step {first} of {stage.steps}")
+            for step in range(first + 1, stage.steps + 1):
+                batch = _place_batch(_next_batch(batches, step, stage), stage, mesh)
+                state, metrics = update(state, frozen, batch)
+                log.add(step, metrics)
+                preempted = preemption.requested(step)
+                if preempted or step % stage.checkpoint_every == 0 or step == stage.steps:
+                    # Before saving, so that a checkpoint never holds parameters after a bad step.
+                    log.write_all()
+                    reporter.flush()
+                    about = {
+                        "name": name,
+                        "model": model_info,
+                        "stage": dataclasses.asdict(stage),
+                        "data": batches.get_state(),
+                        "metrics": log.last,
+                    }
+                    checkpoints.save(step, state, about)
+                if preempted and step < stage.steps:
+                    checkpoints.wait()
+                    reporter.message(f"{name}: stopped at step {step} and saved; the same command continues")
+                    raise SystemExit(EXIT_PREEMPTED)
+    return state["params"], {"name": name, "resumed_from": first, **log.last}
+
+
+def _check_rows(stage: StageConfig, mesh: Mesh) -> None:
+    rows, parts = stage.batch_size // stage.gradient_accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise HypenetError(
+            f"batch_size {stage.batch_size} in {stage.gradient_accumulation} microbatches gives {rows} rows, which do "
+            f"not divide over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}; change the batch or the mesh"
+        )
+    if stage.seq_len % mesh.shape["seq"]:
+        raise HypenetError(f"seq_len is {stage.seq_len}, which does not divide over seq={mesh.shape['seq']}; alter it")
+
+
+def _check_same_run(saved: dict[str, Any], stage: StageConfig, model_info: dict[str, Any], where: str) -> None:
+    check_resumable(saved["stage"], stage, where)
+    wanted = json.loads(json.dumps(model_info))
+    for field in sorted(saved["model"].keys() | wanted.keys()):
+        if saved["model"].get(field) != wanted.get(field):
+            raise HypenetError(
+                f"the model has {field} = {wanted.get(field)!r} but the checkpoints in {where} have "
+                f"{saved['model'].get(field)!r}; choose another directory"
+            )
+    if saved["step"] > stage.steps:
+        raise HypenetError(
+            f"steps is {stage.steps} but {where} already holds step {saved['step']}; choose another directory"
+        )
+
+
+def _next_batch(batches: Batches, step: int, stage: StageConfig) -> Mapping[str, np.ndarray]:
+    try:
+        return next(batches)
+    except StopIteration as error:
+        sentence = f"the data ended before step {step} of {stage.steps}; give more data or fewer steps"
+        raise HypenetError(sentence) from error
+
+
+def _place_batch(batch: Mapping[str, np.ndarray], stage: StageConfig, mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows as arrays over the whole mesh."""
+    rows = stage.batch_size // jax.process_count()
+    for key, array in batch.items():
+        if array.shape[:2] != (rows, stage.seq_len):
+            raise HypenetError(
+                f"batch array {key!r} has shape {array.shape}; the stage needs [{rows}, {stage.seq_len}] a process"
+            )
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()}
+
+
+def _place_frozen(frozen: Any, mesh: Mesh) -> Any:
+    """Arrays already spread over the mesh stay; the others are replicated."""
+
+    def place(leaf: Any) -> jax.Array:
+        sharding = getattr(leaf, "sharding", None)
+        on_mesh = isinstance(sharding, NamedSharding) and sharding.device_set == set(mesh.devices.flat)
+        return leaf if on_mesh else jax.device_put(leaf, replicated(mesh))
+
+    return jax.tree.map(place, frozen)
+
+
+class _Log:
+    """Fetches metrics in time to catch a bad loss, but late enough not to stall the device.
+
+    The metrics of a step stay on the device until the next step is under way; then those since the last record are
+    fetched together, checked, and the record of the step is written. Records are those of step 1, every log_every steps
+    and the last step, whether or not the run was interrupted.
+    """
+
+    def __init__(
+        self, name: str, stage: StageConfig, reporter: ReporterLike, last: dict[str, Any], checkpoints: Checkpoints
+    ):
+        self._name, self._stage, self._reporter, self._checkpoints = name, stage, reporter, checkpoints
+        self._pending: dict[int, dict[str, jax.Array]] = {}
+        self._seconds_before = last.get("seconds", 0.0)
+        self._start = time.monotonic()
+        self._previous = (last.get("tokens", 0), self._seconds_before)
+        # The record of the newest step that was fetched.
+        self.last: dict[str, Any] = last
+
+    def _wants(self, step: int) -> bool:
+        return step == 1 or step % self._stage.log_every == 0 or step == self._stage.steps
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the step just dispatched; may write the record of the one before."""
+        if self._pending and self._wants(step - 1):
+            self.write_all()
+        self._pending[step] = metrics
+
+    def write_all(self) -> None:
+        """Fetches what is pending (waiting for it), checks every step, writes the records due."""
+        for step, metrics in jax.device_get(self._pending).items():
+            values = {key: float(value) for key, value in sorted(metrics.items())}
+            for key in ("loss", "grad_norm"):
+                if not math.isfinite(values[key]):
+                    self._stop(step, key, values[key])
+            seconds = self._seconds_before + time.monotonic() - self._start
+            self.last = {"step": step, "loss": values.pop("loss"), "tokens": step * self._stage.tokens_per_step}
+            self.last |= {"seconds": round(seconds, 3), **values}
+            if self._wants(step):
+                tokens, before = self._previous
+                self._previous = (self.last["tokens"], seconds)
+                self.last["tokens_per_second"] = round((self.last["tokens"] - tokens) / max(seconds - before, 1e-9), 1)
+                self._reporter.log(self.last)
+        self._pending = {}
+
+    def _stop(self, step: int, key: str, value: float) -> None:
+        kept = self._checkpoints.latest_step()
+        remedy = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint was written yet"
+        raise HypenetError(
+            f"{self._name}: {key} is {value} at step {step}; {remedy}; lower peak_lr {self._stage.peak_lr:g} or look "
+            "at the data of that step"
+        )

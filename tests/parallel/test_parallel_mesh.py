@@ -1,0 +1,38 @@
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.mesh import AXES, make_mesh
+
+
+def test_default_puts_every_device_on_fsdp():
+    mesh = make_mesh(None)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "seq": 1, "tensor": 1}
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+
+
+def test_given_sizes_and_the_rest():
+    assert dict(make_mesh({"fsdp": 4, "tensor": 2}).shape) == {"data": 1, "fsdp": 4, "seq": 1, "tensor": 2}
+    assert dict(make_mesh({"data": -1, "tensor": 2}).shape) == {"data": 4, "fsdp": 1, "seq": 1, "tensor": 2}
+    assert make_mesh({"data": 2}, jax.devices()[:2]).size == 2
+    assert make_mesh(None).axis_names == AXES
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"fsdp": 3, "tensor": 2}, ["fsdp=3", "tensor=2", "8 devices"]),
+        ({"fsdp": 16}, ["fsdp=16", "8 devices"]),
+        ({"fsdp": -1, "tensor": 3}, ["tensor=3", "8 devices"]),
+        ({"fsdp": -1, "tensor": -1}, ["fsdp and tensor"]),
+        ({"expert": 8}, ["'expert'", "tensor"]),
+        ({"fsdp": 0}, ["'fsdp'", "0"]),
+        ({"fsdp": 2.0}, ["'fsdp'", "2.0"]),
+    ],
+)
+def test_wrong_sizes_name_axes_and_sizes(axes, words):
+    with pytest.raises(HypenetError) as caught:
+        make_mesh(axes)
+    for word in words:
+        assert word in str(caught.value)
