@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from kernels_pallas.selfcheck import self_check
+from kernels_pallas.selfcheck import selfcheck
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "safetensors", "gguf")
 
@@ -23,7 +23,7 @@ def examine(say: Callable[[str], None]) -> bool:
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit")
         say(f"device {device.id}: {device.device_kind}" + (f", {limit / 2**30:.1f} GiB" if limit else ""))
-    rows = self_check()
+    rows = selfcheck()
     say(f"{'kernel':<22}{'backend':<12}{'check':<28}{'error':>10}{'tolerance':>11}")
     for row in rows:
         mark = "" if row.ok else "  FAILED"

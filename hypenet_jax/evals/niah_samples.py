@@ -13,7 +13,7 @@ import os
 import random
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.haystack import EssayHaystack, NoiseHaystack, key_words, load_essays
@@ -95,11 +95,7 @@ def make_samples(
     """
     name = task.removesuffix("-like")
     _check(name, task, count, depths, answer_budget)
-    haystack: NoiseHaystack | EssayHaystack = NoiseHaystack()
-    if name != "S1":
-        text, is_ruler = load_essays(essays)
-        haystack = EssayHaystack(text)
-        name = name if is_ruler else f"{name}-like"
+    name, haystack = _haystack(name, essays)
     wrap = wrap or (lambda question: question)
     needles = _draw_needles(name, count, seed)
 
@@ -123,11 +119,7 @@ def make_samples(
             return encode(needle, size, depth)
 
         (ids, placed), guess = _fill(at, length - answer_budget, guess)
-        answer, alternative = (_answer_ids(tokenizer, needle, lead) for lead in (" ", ": "))
-        if len(alternative) > answer_budget:
-            raise HypenetError(
-                f"answer_budget {answer_budget} is below the {len(alternative)} tokens of an answer; raise it"
-            )
+        answer, alternative = (_answer_ids(tokenizer, needle, lead, answer_budget) for lead in (" ", ": "))
         samples.append(NiahSample(tuple(ids), needle.value, answer, name, length, float(placed), alternative))
     return samples
 
@@ -160,14 +152,24 @@ def _draw_needles(name: str, count: int, seed: int) -> list[_Needle]:
     return needles
 
 
-def _answer_ids(tokenizer: TextTokenizer, needle: _Needle, lead: str) -> tuple[int, ...]:
+def _haystack(name: str, essays: Any) -> tuple[str, NoiseHaystack | EssayHaystack]:
+    """The task's name, "-like" over prose that is not RULER's, and its haystack."""
+    if name == "S1":
+        return name, NoiseHaystack()
+    text, is_ruler = load_essays(essays)
+    return name if is_ruler else f"{name}-like", EssayHaystack(text)
+
+
+def _answer_ids(tokenizer: TextTokenizer, needle: _Needle, lead: str, budget: int) -> tuple[int, ...]:
     # Encoded after the prefix where that leaves the prefix's tokens alone: some tokenizers mark a text's beginning.
     prefix = ANSWER_PREFIX.format(kind=needle.kind, key=needle.key)
     prefix_ids = tokenizer.encode(prefix)
     ids = tokenizer.encode(prefix + lead + needle.value)
-    if ids[: len(prefix_ids)] == prefix_ids:
-        return tuple(ids[len(prefix_ids) :])
-    return tuple(tokenizer.encode(lead + needle.value))
+    joined = ids[: len(prefix_ids)] == prefix_ids
+    answer = tuple(ids[len(prefix_ids) :] if joined else tokenizer.encode(lead + needle.value))
+    if len(answer) > budget:
+        raise HypenetError(f"answer_budget {budget} is below the {len(answer)} tokens of an answer; raise it")
+    return answer
 
 
 def _fill(

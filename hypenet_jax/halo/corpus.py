@@ -17,14 +17,17 @@ from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import DataConfig
 from hypenet_jax.train.stage import StageConfig
 
+# What of a document decides whether it is held out.
+HEAD_CHARACTERS = 64
+
 
 def packed_corpus(
     config: DataConfig, tokenizer: Tokenizer, directory: pathlib.Path, say: Callable[[str], None]
 ) -> tuple[PackedTokens, PackedTokens]:
     """(training, held-out) tokens under `directory`, packed on the first call and reused afterwards.
 
-    Without held-out sources of its own, a document is held out when the checksum of its text falls into the held-out
-    share: the choice depends on the text alone, so no order, seed or machine moves a document across.
+    Without held-out sources of its own, a document is held out when the checksum of its beginning falls into the
+    held-out share: the choice depends on the text alone, so no order, seed or machine moves a document across.
     """
     if not (directory / "train").is_dir():
         say(f"packing {', '.join(config.sources)}")
@@ -43,13 +46,16 @@ def packed_corpus(
         seed=config.seed,
         sources=(*(config.heldout or config.sources), f"the held-out {share:g}"),
     )
-    say(f"training on {kept.tokens:,} tokens of {kept.documents:,} documents, {held.tokens:,} tokens held out")
+    say(f"training on {kept.tokens:,} tokens of {kept.documents:,} documents, with {held.tokens:,} tokens held out")
     return PackedTokens(directory / "train"), PackedTokens(directory / "heldout")
 
 
 def is_heldout(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out share, by the checksum of its text."""
-    return zlib.crc32(text.encode("utf-8", "surrogatepass")) < share * 2**32
+    """Whether a document belongs to the held-out share, by the checksum of its first characters.
+
+    Versions of one document that differ further down (a library's documentation in two releases) stay on one side.
+    """
+    return zlib.crc32(text[:HEAD_CHARACTERS].encode("utf-8", "surrogatepass")) < share * 2**32
 
 
 def stage_batches(

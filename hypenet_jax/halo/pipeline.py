@@ -254,6 +254,7 @@ def _measure(run: Run) -> dict:
             run.config.seed,
             essays,
             answer_budget=settings.answer_budget,
+            first_ids=() if tokenizer.bos_id is None else (tokenizer.bos_id,),
         )
     ]
     rows = recall_rows([s.prompt_ids for s in samples], [s.answer_ids for s in samples], settings.length)

@@ -94,6 +94,7 @@ class EvaluateConfig:
     essays: str | None = None  # file or folder of essays; None: held-out prose, tasks then named S2-like, S3-like
     answer: str = "forced"  # "forced": greedy match read off one forward; "generate": decode and search
     answer_budget: int = 128  # tokens kept free for the answer, as RULER does
+    alternatives: bool = True  # "forced" tries ": value" where " value" was missed
     prefill_chunk: int = 8192  # longer needle tests run in chunks with a cache
     perplexity_length: int = 4096
     perplexity_documents: int = 32

@@ -81,7 +81,7 @@ def _softmax(blocks: Blocks, q, k, v, last_bT, ids_BT):
 
 
 def _forward(blocks: Blocks, q, k, v, last_bT, ids_BT):
-    batch, length, heads, width = q.shape
+    length, heads = q.shape[1:3]
     group = heads // k.shape[2]
     dot = _product(q.dtype)
     last_NbT = _tokens(blocks.queries, last_bT)

@@ -53,29 +53,43 @@ def test_unequal_batches_equal_every_prompt_alone(hybrid, lengths, seed, sampled
         assert together[index] == alone[0]
 
 
-@settings(max_examples=6)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(0, 1000))
-def test_fixed_shapes_give_equal_bits_in_any_company(hybrid, lengths, seed):
-    """Against the same prompt eight times: 120 tokens of noise would part ways at the first bit that differs."""
-    prompts = [_prompt(seed + index, length) for index, length in enumerate(lengths)]
-    options = {"max_new_tokens": 120, "temperature": 4.0, "stop_ids": [], "fixed_shapes": True, "prefill_chunk": 16}
-    together = generate(*hybrid, prompts, seeds=range(len(prompts)), batch_size=4, **options)
-    alone = generate(*hybrid, prompts[-1:] * 5, seeds=[len(prompts) - 1] * 5, batch_size=4, **options)
-    assert alone == [together[-1]] * 5
+def _fresh(model: LanguageModel, norm_eps: float) -> LanguageModel:
+    """A model that no other test has compiled."""
+    return LanguageModel(dataclasses.replace(model.config, norm_eps=norm_eps))
 
 
-def test_prompts_of_similar_length_share_compilations(hybrid, monkeypatch):
-    """The model's Python runs at tracing alone, so counting its calls counts the compilations."""
-    model, params = hybrid
-    model = LanguageModel(dataclasses.replace(model.config, norm_eps=2e-6))  # no other test compiled it
-    traced, step = [], LanguageModel.step
-    monkeypatch.setattr(LanguageModel, "step", lambda self, *args: (traced.append(1), step(self, *args))[1])
+@pytest.fixture
+def traced(monkeypatch) -> list[tuple[int, ...]]:
+    """Token shapes that the model was compiled for: its Python runs at tracing alone."""
+    shapes, step = [], LanguageModel.step
+
+    def recorded(self, params, tokens_BT, *rest):
+        shapes.append(tokens_BT.shape)
+        return step(self, params, tokens_BT, *rest)
+
+    monkeypatch.setattr(LanguageModel, "step", recorded)
+    return shapes
+
+
+def test_fixed_shapes_compute_full_batches_and_chunks(hybrid, traced):
+    """Of one shape, any company gives the same bits, and so the same tokens."""
+    model, params = _fresh(hybrid[0], 3e-6), hybrid[1]
+    prompts = [_prompt(seed, length) for seed, length in enumerate([3, 90, 41, 70, 5])]
+    options = {"max_new_tokens": 40, "temperature": 4.0, "stop_ids": [], "prefill_chunk": 64, "fixed_shapes": True}
+    together = generate(model, params, prompts, seeds=range(5), batch_size=4, **options)
+    for index, prompt in enumerate(prompts):
+        assert generate(model, params, [prompt], seeds=[index], batch_size=4, **options) == [together[index]]
+    assert set(traced) == {(4, 64), (4, 1)}
+
+
+def test_prompts_of_similar_length_share_compilations(hybrid, traced):
+    model, params = _fresh(hybrid[0], 2e-6), hybrid[1]
     options = {"stop_ids": [], "batch_size": 2, "prefill_chunk": 16}
     generate(model, params, [_prompt(0, 90), _prompt(1, 70)], 9, **options)
-    first = len(traced)
-    assert first > 0
+    before = len(traced)
+    assert set(traced) == {(2, 16), (2, 1)}
     generate(model, params, [_prompt(2, 33), _prompt(3, 50), _prompt(4, 17), _prompt(5, 61)], 40, **options)
-    assert len(traced) == first
+    assert len(traced) == before
 
 
 def test_order_of_prompts_is_kept(hybrid):

@@ -78,6 +78,18 @@ def test_padding_anywhere_equals_padding_right_to_the_bit(hybrid, masks, seed):
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), cache, expected_cache))
 
 
+@given(st.lists(st.integers(0, T), min_size=3, max_size=3), st.integers(0, 3), st.integers(0, 1000))
+def test_neighbours_and_place_in_the_batch_change_no_bit(hybrid, lengths, place, seed):
+    """At one batch shape, which is what `fixed_shapes` of generate rests on."""
+    model, params = hybrid
+    prompt_T, tokens_BT = _tokens(0, T), _tokens(seed, 4, T)
+    expected = prefill(model, params, np.stack([prompt_T] * 4), max_len=SLOTS, chunk=16)[1][0]
+    tokens_BT[place] = prompt_T
+    valid_BT = np.arange(T) < np.insert(lengths, place, T)[:, None]
+    got = prefill(model, params, tokens_BT, valid_BT, max_len=SLOTS, chunk=16)[1][place]
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_unpadded_needs_no_mask(hybrid):
     model, params = hybrid
     tokens_BT = _tokens(1, 2, 20)
