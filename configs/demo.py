@@ -23,10 +23,11 @@ def get_config():
     config.remat = False
     config.data = dict(sources=("stdlib", "retrieval:8000:seed=11:max_chars=512"), heldout_share=0.06)
     config.student = dict(position="hype", start="calibrated")
-    shared = dict(batch_size=8, seq_len=512, warmup_steps=10, log_every=10, checkpoint_every=50, token_chunk=4096)
-    config.align = dict(steps=50, peak_lr=3e-3, end_lr=1e-4, **shared)
-    config.select = dict(method="halo", questions=32, length=576, batch_size=16, answer_budget=16)
-    config.distill = dict(steps=120, peak_lr=1e-3, end_lr=1e-5, **shared)
+    shared = dict(batch_size=4, seq_len=512, warmup_steps=10, log_every=20, checkpoint_every=100, token_chunk=2048)
+    config.align = dict(steps=140, peak_lr=3e-3, end_lr=1e-4, **shared)
+    # The recall rule alone: with this few questions HALO's own rule divides by a difference within the noise.
+    config.select = dict(method="jet-nemotron", questions=32, length=576, batch_size=16, answer_budget=16)
+    config.distill = dict(steps=380, peak_lr=2e-3, end_lr=1e-5, **shared)
     config.finetune = dict(steps=20, peak_lr=1e-4, end_lr=1e-5, **shared)
     config.fit_scale = dict(length=8192, documents=4, grid=(5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
     config.evaluate = dict(
@@ -35,10 +36,13 @@ def get_config():
         samples=8,
         depths=(10.0, 35.0, 65.0, 90.0),
         answer_budget=16,
+        alternatives=False,
         perplexity_length=8192,
         perplexity_documents=4,
         batch_tokens=8192,
-        prompts=("One of the special magic numbers for tall-boat is: 7041952.\nThe special magic number for tall-boat is",),
+        prompts=(
+            "One of the special magic numbers for tall-boat is: 7041952.\nThe special magic number for tall-boat is",
+        ),
         new_tokens=48,
     )
     return config

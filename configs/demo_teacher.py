@@ -1,4 +1,4 @@
-"""The byte-level teacher that configs/demo_teacher holds: a Qwen3 architecture of 1.6M parameters, read 512 bytes at a time.
+"""The byte-level teacher that configs/demo_teacher holds: a Qwen3 of 1.6M parameters that reads 512 bytes.
 
     hypenet pretrain --config configs/demo_teacher.py --workdir runs/demo_teacher
 

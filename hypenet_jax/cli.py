@@ -99,7 +99,9 @@ def _run_config(arguments: argparse.Namespace) -> None:
     scratch = isinstance(config, PretrainConfig)
     if scratch != (arguments.command == "pretrain"):
         kind = "training from scratch" if scratch else "converting a teacher"
-        raise HypenetError(f"{arguments.config} is a config for {kind}; hypenet {arguments.command} needs the other kind")
+        raise HypenetError(
+            f"{arguments.config} is a config for {kind}; hypenet {arguments.command} needs the other kind"
+        )
     if isinstance(config, PretrainConfig):
         reporter.message(f"the report is {pretrain(config, arguments.workdir, reporter)}")
         return
@@ -131,7 +133,8 @@ def _import(arguments: argparse.Namespace) -> None:
     config = model.config
     print(
         f"{arguments.directory}: {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
-        f"{config.num_heads} query and {config.num_kv_heads} key heads, vocabulary {config.vocab_size}, {arguments.dtype}"
+        f"{config.num_heads} query and {config.num_kv_heads} key heads, "
+        f"vocabulary {config.vocab_size}, {arguments.dtype}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Configs: a short Python program returns an ml_collections ConfigDict, which becomes checked frozen dataclasses here."""
+"""Configs: a short Python program returns a ConfigDict, which becomes checked frozen dataclasses here."""
 
 from __future__ import annotations
 

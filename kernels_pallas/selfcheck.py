@@ -154,8 +154,8 @@ def _kl(rng: np.random.Generator) -> Case:
     mask = jnp.arange(len(inputs["hidden"])) % 7 != 3
 
     def function(backend, hidden, weight):
-        far = [x.astype(hidden.dtype) for x in teacher]
-        return cross_entropy.linear_kl(hidden, weight, *far, mask, token_chunk=32, backend=backend)
+        far_hidden, far_weight = (x.astype(hidden.dtype) for x in teacher)
+        return cross_entropy.linear_kl(hidden, weight, far_hidden, far_weight, mask, token_chunk=32, backend=backend)
 
     return Case("linear_kl", cross_entropy.KL_BACKENDS, function, inputs)
 

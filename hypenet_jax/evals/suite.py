@@ -73,9 +73,7 @@ def needles(
     if config.answer == "generate":
         return niah.score(model, params, tokenizer, samples, None, config.answer_budget, batch_size=batch).rows
     chunk = config.prefill_chunk if length > config.prefill_chunk else None
-    return niah.score_forced(
-        model, params, samples, batch, prefill_chunk=chunk, alternatives=config.alternatives
-    ).rows
+    return niah.score_forced(model, params, samples, batch, prefill_chunk=chunk, alternatives=config.alternatives).rows
 
 
 def write_samples(

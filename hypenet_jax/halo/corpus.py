@@ -58,9 +58,7 @@ def is_heldout(text: str, share: float) -> bool:
     return zlib.crc32(text[:HEAD_CHARACTERS].encode("utf-8", "surrogatepass")) < share * 2**32
 
 
-def stage_batches(
-    packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int
-) -> StageBatches:
+def stage_batches(packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int) -> StageBatches:
     """This process's share of a stage's batches, from `start_token` of the endless stream on."""
     return StageBatches(
         packed,

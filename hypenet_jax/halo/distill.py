@@ -10,7 +10,7 @@ from hypenet_jax.model import LanguageModel
 from hypenet_jax.train.losses import distill_loss
 
 
-def distillation_loss(teacher: LanguageModel, student: LanguageModel, token_chunk: int) -> Callable:
+def distillation_loss(teacher: LanguageModel, student: LanguageModel, token_chunk: int | None) -> Callable:
     """loss(student_params, teacher_params, batch) -> (KL(teacher || student), metrics), teacher in the same step.
 
     Full vocabulary, temperature 1, mean over all real tokens; logits exist for `token_chunk` tokens at a time

@@ -8,7 +8,7 @@ from hypenet_jax.model import LanguageModel
 from hypenet_jax.train.losses import lm_loss
 
 
-def next_token_loss(model: LanguageModel, token_chunk: int) -> Callable:
+def next_token_loss(model: LanguageModel, token_chunk: int | None) -> Callable:
     """loss(params, frozen, batch) -> (cross-entropy, metrics), mean over tokens whose target is in their document."""
 
     def loss(params: dict, frozen: object, batch: dict):

@@ -28,13 +28,12 @@ from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import claim, read_json, timed, write_json
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
-from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
 from hypenet_jax.parallel.rules import param_shardings
 from hypenet_jax.train.checkpoint import load_params, read_latest
 from hypenet_jax.train.loop import train
 from hypenet_jax.train.metrics import ReporterLike
 from hypenet_jax.train.stage import StageConfig
-
 
 # Tokens that the calibrated start measures output norms on.
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 512
@@ -67,6 +66,7 @@ class Run:
 def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> Run:
     """Check everything that can be wrong before any work: mesh, teacher, directory, text."""
     mesh = make_mesh(config.mesh)
+    check_compute_dtype(config.dtype)
     teacher, params = hub.load(config.teacher)
     teacher = dataclasses.replace(teacher, dtype=config.dtype, remat=config.remat)
     if teacher.tokenizer is None:
@@ -188,6 +188,10 @@ def evaluate(run: Run) -> dict:
     for name, (model, params) in models.items():
         if name in found["models"]:
             continue
+
+        def say(line: str, name: str = name) -> None:
+            run.reporter.message(f"evaluate {name}  {line}")
+
         with timed(run.workdir, f"evaluate {name}"):
             found["models"][name] = suite.evaluate_model(
                 model,
@@ -197,7 +201,7 @@ def evaluate(run: Run) -> dict:
                 windows=windows,
                 essays=essays,
                 seed=run.config.seed,
-                report=lambda line, name=name: run.reporter.message(f"evaluate {name}  {line}"),
+                report=say,
             )
             if name != "student_unscaled":
                 found["samples"] += suite.write_samples(
@@ -316,4 +320,3 @@ def _finished(run: Run, name: str) -> dict:
         student = student_of(run)
         axes, shapes = student.param_axes(), student.param_shapes()
     return load_params(directory, param_shardings(axes, shapes, run.mesh))[1]
-

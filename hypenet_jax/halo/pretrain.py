@@ -1,4 +1,4 @@
-"""Training from scratch with cross-entropy: teachers, and the paper's from-scratch comparison. The same loop as HALO."""
+"""Training from scratch with cross-entropy, by HALO's loop: teachers, and the paper's from-scratch comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypenet_jax.halo.transfer import student_of
 from hypenet_jax.halo.workdir import claim, timed, write_json
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.model.serialize import config_to_dict
-from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
 from hypenet_jax.parallel.rules import param_shardings
 from hypenet_jax.train.loop import train
 from hypenet_jax.train.metrics import ReporterLike
@@ -28,6 +28,7 @@ from hypenet_jax.train.metrics import ReporterLike
 def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> pathlib.Path:
     """Train, export to W/export, evaluate into W/eval.json, report. Resumable like every stage; returns the report."""
     mesh = make_mesh(config.mesh)
+    check_compute_dtype(config.dtype)
     tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
     model = LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, tokenizer)
     path = claim(workdir, config)

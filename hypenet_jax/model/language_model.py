@@ -51,9 +51,7 @@ class LanguageModel:
 
     def hidden(self, params: dict, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in the compute dtype."""
-        return stack.forward(
-            params, self.config, tokens_BT, segment_ids, dtype=jnp.dtype(self.dtype), remat=self.remat
-        )
+        return stack.forward(params, self.config, tokens_BT, segment_ids, dtype=jnp.dtype(self.dtype), remat=self.remat)
 
     def head(self, params: dict) -> jax.Array:
         """The output projection [D, V]."""

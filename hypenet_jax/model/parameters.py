@@ -37,7 +37,7 @@ class ParameterTable(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict:
-        values = {}
+        values: dict[str, Any] = {}
         for name, entry in self.table.items():
             if isinstance(entry, Parameter):
                 boxed = nn.with_logical_partitioning(entry.init, entry.axes)

@@ -121,9 +121,7 @@ def step(
     for layer, mixer in enumerate(config.mixers):
         weights = params[f"layer_{layer}"]
         normed = rms_norm(x_BTD, weights["input_norm"], config.norm_eps)
-        mixed, stored = mixers.BY_NAME[mixer].step(
-            weights["mixer"], config, normed, context, cache["layers"][layer]
-        )
+        mixed, stored = mixers.BY_NAME[mixer].step(weights["mixer"], config, normed, context, cache["layers"][layer])
         layers.append(stored)
         x_BTD = _feed_forward(weights, config, x_BTD + mixed)
     hidden = rms_norm(x_BTD, params["final_norm"], config.norm_eps)

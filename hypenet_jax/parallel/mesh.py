@@ -51,3 +51,9 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(axes, len(devices))
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_compute_dtype(dtype: str) -> None:
+    """Refuses bfloat16 on a CPU, where XLA has no bfloat16 products with float32 results (jax 0.10 to 0.12)."""
+    if dtype == "bfloat16" and jax.default_backend() == "cpu":
+        raise HypenetError("dtype is 'bfloat16' but the devices are CPUs, which train in float32; set dtype='float32'")

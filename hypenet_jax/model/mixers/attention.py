@@ -51,9 +51,7 @@ def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype) 
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
-def step(
-    params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, cache: dict
-) -> tuple[jax.Array, dict]:
+def step(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
     """Append T tokens to the cache and attend to everything up to each; negative ids mark padding, never stored."""
     assert context.segment_ids_BT is not None
     positions_BT = jnp.where(context.segment_ids_BT >= 0, context.positions_BT, -1)

@@ -46,9 +46,7 @@ def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype) 
     return {"state": jnp.zeros((batch, lightning.num_heads, lightning.head_dim, lightning.head_dim), jnp.float32)}
 
 
-def step(
-    params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, cache: dict
-) -> tuple[jax.Array, dict]:
+def step(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
     """Run T more tokens from the cached state; negative ids mark padding, which leaves the state untouched."""
     y, state = _mix(params, config, x_BTD, context, cache["state"])
     return y, {"state": state}
@@ -86,9 +84,10 @@ def _mix(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, 
 def _scan(q_BTHK, k_BTHK, v_BTHV, lightning: LightningConfig, segment_ids_BT, state):
     decay_slopes, scale = kernel.slopes(lightning.num_heads), lightning.query_scale
     if state is not None and q_BTHK.shape[1] == 1:
-        now = (array[:, 0] for array in (q_BTHK, k_BTHK, v_BTHV))
         valid_B = segment_ids_BT[:, 0] >= 0
-        o_BHV, state = kernel.lightning_decode_step(*now, decay_slopes, state, scale=scale, valid_B=valid_B)
+        o_BHV, state = kernel.lightning_decode_step(
+            q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], decay_slopes, state, scale=scale, valid_B=valid_B
+        )
         return o_BHV[:, None], state
     return kernel.lightning_attention(
         q_BTHK, k_BTHK, v_BTHV, decay_slopes, scale=scale, initial_state=state, segment_ids=segment_ids_BT
@@ -107,7 +106,8 @@ def from_attention(teacher: dict, config: ModelConfig, key: jax.Array, start: st
     heads (0,0,1,1,...), the output norm is ones, and the gate is new: see `attention.from_attention` for `start`.
     """
     lightning = _settings(config)
-    student = {name: teacher[name] for name in ("q", "o", "q_norm", "k_norm") if name in parameters(config)}
+    wanted = parameters(config)
+    student: dict[str, jax.Array] = {name: teacher[name] for name in ("q", "o", "q_norm", "k_norm") if name in wanted}
     for name in ("k", "v"):
         clones = lightning.num_kv_heads // teacher[name].shape[1]
         student[name] = jnp.repeat(teacher[name], clones, axis=1)
