@@ -20,6 +20,9 @@ setup(
     package_data={"hypenet_jax": ["evals/*.html", "evals/*.css", "py.typed"]},
     install_requires=[
         "jax>=0.10,<0.13",
+        "numpy>=2",
+        "ml_dtypes>=0.5",
+        "absl-py>=2",
         "flax>=0.12",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11",

@@ -1,10 +1,10 @@
-"""The byte-level teacher that configs/demo_teacher holds: a Qwen3 of 1.6M parameters that reads 512 bytes.
+"""The first half of the demo teacher's training: a byte-level Qwen3 of 1.6M parameters that reads 512 bytes.
 
     hypenet pretrain --config configs/demo_teacher.py --workdir runs/demo_teacher
 
 Its text is the documentation inside Python's standard library (PSF licence) and synthetic retrieval tasks; nothing is
 downloaded. One H100: about 5 minutes for 524M tokens; on 2 CPU cores the same takes more than a day, and 10M tokens
-(train.steps=80 train.batch_size=256) already retrieve at 512 bytes. docs/method.md states the skill measured.
+(train.steps=80 train.batch_size=256) already retrieve at 512 bytes. configs/demo_teacher_refresh.py is the second half.
 """
 
 import ml_collections

@@ -28,6 +28,7 @@ _HOMES = {
     "ModelConfig": "hypenet_jax.model",
     "HypenetError": "hypenet_jax.errors",
 }
+_PACKAGES = ("data", "evals", "halo", "hub", "inference", "model", "parallel", "train")
 
 __all__ = ["convert", "generate", "load", "save"]
 
@@ -35,4 +36,6 @@ __all__ = ["convert", "generate", "load", "save"]
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,30 @@
-"""`hypenet <command>`: parses, calls one function, prints. Exit codes: 0 done, 2 a mistake of the user's,
-75 preempted (the same command continues), 130 interrupted."""
+"""`hypenet <command>`: parses, calls one function, prints.
+
+Exit codes: 0 done, 2 a mistake of the user's, 75 preempted (the same command continues), 130 interrupted, 141 the
+reader of the output has left.
+"""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import logging
+import os
+import pathlib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
 from hypenet_jax.errors import HypenetError
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXIT_USAGE, EXIT_INTERRUPTED, EXIT_UNREAD = 2, 130, 141
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the system says about a path of the user's; other errors of the system are bugs.
+REFUSALS = (
+    *FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+    errno.ELOOP,
+)  # fmt: skip
 
 # command -> (help, example); the order is that of a user's first day.
 COMMANDS = {
@@ -63,21 +76,43 @@ RUN_COMMANDS = ("convert", "align", "select", "distill", "finetune", "fit-scale"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
     arguments = _parser().parse_args(argv)
+    # A failed save is logged with the tracebacks of a dozen threads before it is raised here.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         _run(arguments)
     except HypenetError as error:
         print(f"hypenet: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"hypenet: cannot write{where} ({error.strerror}); choose another place or free space", file=sys.stderr)
-        return EXIT_USAGE
+    except BrokenPipeError:
+        # The reader has left (`| head`); the interpreter must not try to write there again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     except KeyboardInterrupt:
-        print("hypenet: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        remedy = "; the same command continues from the last checkpoint" if arguments.command in RUN_COMMANDS else ""
+        print(f"hypenet: interrupted{remedy}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        print(f"hypenet: {refusal}", file=sys.stderr)
+        return EXIT_USAGE
     return 0
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the system refused, in a sentence; None where the error is of another kind.
+
+    Libraries that write in C++ report a full disk inside messages of their own, so the words are looked for, too.
+    """
+    while error is not None:
+        if any(os.strerror(code) in str(error) for code in FULL):
+            return "the disk is full; make room or choose another place (what was complete is kept)"
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            return f"cannot use {error.filename or 'a file'} ({error.strerror}); choose another place"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -142,8 +177,14 @@ def _pack(arguments: argparse.Namespace) -> None:
     from hypenet_jax.data.packing import pack
     from hypenet_jax.data.sources import read_documents
     from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
+    from hypenet_jax.halo.corpus import packed_corpus
+    from hypenet_jax.halo.settings import DataConfig
 
     tokenizer = byte_tokenizer() if arguments.tokenizer == "bytes" else load_tokenizer(arguments.tokenizer)
+    if arguments.heldout_share is not None:
+        data = DataConfig(sources=tuple(arguments.sources), heldout_share=arguments.heldout_share, seed=arguments.seed)
+        packed_corpus(data, tokenizer, pathlib.Path(arguments.out), print)
+        return
     documents = (document for source in arguments.sources for document in read_documents(source))
     info = pack(documents, tokenizer, arguments.out, seed=arguments.seed, sources=tuple(arguments.sources))
     print(f"{arguments.out}: {info.tokens:,} tokens of {info.documents:,} documents")
@@ -163,18 +204,31 @@ def _generate(arguments: argparse.Namespace) -> None:
     model, params = hub.load(arguments.model)
     if model.tokenizer is None:
         raise HypenetError(f"{arguments.model} has no tokenizer.json; put one beside the weights")
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = model.tokenizer.encode(_prompt(arguments.prompt), special_tokens=True)
     ids = stream(
         model,
         params,
-        model.tokenizer.encode(prompt, special_tokens=True),
+        prompt,
         arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        max_len=arguments.max_len,
     )
-    print_stream(ids, model.tokenizer, sys.stdout)
+    print_stream(ids, model.tokenizer, sys.stdout, after=prompt)
+
+
+def _prompt(argument: str) -> str:
+    """The text itself, or standard input for "-"; HypenetError where it is no text."""
+    try:
+        text = sys.stdin.read() if argument == "-" else argument
+        text.encode()
+    except UnicodeError as error:
+        raise HypenetError(f"the prompt is no UTF-8 text ({error}); convert it") from None
+    if not text:
+        raise HypenetError("the prompt is empty; give a text to continue")
+    return text
 
 
 SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -217,6 +271,9 @@ def _parser() -> argparse.ArgumentParser:
     added["pack"].add_argument("--tokenizer", default="bytes", help='"bytes", or a directory with a tokenizer.json')
     added["pack"].add_argument("--out", required=True, help="the directory to write")
     added["pack"].add_argument("--seed", type=int, default=0, help="order of the documents")
+    added["pack"].add_argument(
+        "--heldout-share", type=float, help="write OUT/train and OUT/heldout, this share of the documents held out"
+    )
     added["report"].add_argument("workdir")
     generate = added["generate"]
     generate.add_argument("model", help="Hugging Face directory, GGUF file or a stage's directory")
@@ -226,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int)
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--max-len", type=int, help="slots of the cache; by default as many as are needed")
     return parser
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import importlib.util
+import os
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conv
     kind: type = PretrainConfig if "model" in tree else ConvertConfig
     for override in overrides:
         _apply_override(tree, override, kind)
-    return from_mapping(kind, tree.to_dict())
+    return from_mapping(kind, tree)
 
 
 def from_mapping(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
@@ -57,13 +58,15 @@ def to_mapping(config: Any) -> dict:
     return dataclasses.asdict(config)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """Sentences "section.field was X and is Y" for every leaf that differs."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = (), where: str = "") -> list[str]:
+    """Phrases "section.field was X and is Y" for every leaf that differs, save the sections and fields in `free`."""
     found = []
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
+        if where + name in free:
+            continue
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += differences(before, now, f"{where}{name}.")
+            found += differences(before, now, free, f"{where}{name}.")
         elif _plain(before) != _plain(now):
             found.append(f"{where}{name} was {before} and is {now}")
     return found
@@ -73,41 +76,55 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _run_program(path: pathlib.Path) -> ml_collections.ConfigDict:
+def _run_program(path: pathlib.Path) -> dict[str, Any]:
+    """What get_config() of the program returns, as nested plain dicts."""
     if not path.is_file():
         raise HypenetError(f"config {path} is not a file; give a Python program that defines get_config()")
-    spec = importlib.util.spec_from_file_location(f"hypenet_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(f"hypenet_config_{path.stem}")
+    module.__file__ = os.path.abspath(path)
+    # A program of the user's: whatever it raises is a mistake in it.
     try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
-        raise HypenetError(f"config {path} does not run ({type(error).__name__}: {error}); mend the program") from None
-    if not hasattr(module, "get_config"):
-        raise HypenetError(f"config {path} defines no get_config(); it must return an ml_collections ConfigDict")
-    return ml_collections.ConfigDict(module.get_config())
+        exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
+        if not hasattr(module, "get_config"):
+            raise HypenetError(f"config {path} defines no get_config(); it must return an ml_collections ConfigDict")
+        tree = module.get_config()
+        if isinstance(tree, Mapping | ml_collections.ConfigDict):
+            return ml_collections.ConfigDict(tree).to_dict()
+    except HypenetError:
+        raise
+    except Exception as error:
+        raise HypenetError(f"config {path} does not run ({_explained(error, module.__file__)}); mend it") from None
+    kind = type(tree).__name__
+    raise HypenetError(f"get_config() of {path} returns {kind}; it must return an ml_collections ConfigDict")
 
 
-def _apply_override(tree: ml_collections.ConfigDict, override: str, kind: type) -> None:
+def _explained(error: Exception, file: str) -> str:
+    """The kind of error, its first line, and where in the file it arose."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}" + (f", line {lines[-1]}" if lines else "")
+
+
+def _apply_override(tree: dict[str, Any], override: str, kind: type) -> None:
     name, equals, text = override.partition("=")
-    if not equals:
+    *sections, leaf = name.split(".")
+    if not equals or not all((*sections, leaf)):
         raise HypenetError(f"--set {override!r} is not of the form section.field=value")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    *sections, leaf = name.split(".")
     node: Any = tree
     for depth, section in enumerate(sections):
         known = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+        path = ".".join(sections[: depth + 1])
         if section not in known:
-            raise HypenetError(_unknown_key(".".join(sections[: depth + 1]), known))
+            raise HypenetError(_unknown_key(path, known))
         kind = _section_type(typing.get_type_hints(kind)[section])
-        if section not in node:
-            node[section] = ml_collections.ConfigDict()
-        node = node[section]
-    with node.unlocked():
-        node[leaf] = value
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise HypenetError(f"--set {override!r} names a field of {path}, which is {node!r} and has none")
+    node[leaf] = value
 
 
 def _section_type(hint: Any) -> type:
@@ -136,6 +153,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise HypenetError(f"config key {where} is {value!r}; it must be a list")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
+        if not isinstance(value, Mapping):
+            raise HypenetError(f"config key {where} is {value!r}; it must be a mapping")
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in dict(value).items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Choices:
 
 
 def make_choices(
-    documents: Sequence[Sequence[int]],
+    documents: Iterable[Sequence[int] | np.ndarray],
     count: int,
     *,
     context: int = 96,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hypenet_jax.evals import niah, perplexity
-from hypenet_jax.evals.niah_samples import make_samples
+from hypenet_jax.evals.niah_samples import NiahSample, make_samples
 from hypenet_jax.inference import generate
 from hypenet_jax.model import LanguageModel
 
@@ -57,8 +57,19 @@ def needles(
     seed: int,
 ) -> list[dict]:
     """Rows {"task", "length", "depth", "correct", "total"} of one task at one length."""
-    first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    samples = make_samples(
+    samples = needle_samples(tokenizer, config, task, length, essays, seed)
+    batch = max(1, min(config.samples, config.batch_tokens // length))
+    if config.answer == "generate":
+        return niah.score(model, params, tokenizer, samples, None, config.answer_budget, batch_size=batch).rows
+    chunk = config.prefill_chunk if length > config.prefill_chunk else None
+    return niah.score_forced(model, params, samples, batch, prefill_chunk=chunk, alternatives=config.alternatives).rows
+
+
+def needle_samples(
+    tokenizer: Tokenizer, config: EvaluateConfig, task: str, length: int, essays: str | Sequence[str], seed: int
+) -> list[NiahSample]:
+    """The samples of one task at one length; raises HypenetError where they cannot be made."""
+    return make_samples(
         task,
         tokenizer,
         length,
@@ -67,13 +78,8 @@ def needles(
         seed,
         essays,
         answer_budget=config.answer_budget,
-        first_ids=first,
+        first_ids=() if tokenizer.bos_id is None else (tokenizer.bos_id,),
     )
-    batch = max(1, min(config.samples, config.batch_tokens // length))
-    if config.answer == "generate":
-        return niah.score(model, params, tokenizer, samples, None, config.answer_budget, batch_size=batch).rows
-    chunk = config.prefill_chunk if length > config.prefill_chunk else None
-    return niah.score_forced(model, params, samples, batch, prefill_chunk=chunk, alternatives=config.alternatives).rows
 
 
 def write_samples(

@@ -21,6 +21,7 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
     last = student.config.num_layers - 1
 
     def loss(mixer_params: dict, teacher_params: dict, batch: dict):
+        teacher_params = jax.lax.stop_gradient(teacher_params)
         weights_BT = (batch["segment_ids"] >= 0).astype(jnp.float32)
         errors = []
 
@@ -33,9 +34,8 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
             errors.append(jnp.sum(squared_BT * weights_BT))
             return wanted
 
-        # The stream itself needs no gradient: it is the frozen teacher's alone.
         stack.forward(
-            jax.lax.stop_gradient(teacher_params),
+            teacher_params,
             teacher.config,
             batch["tokens"],
             batch["segment_ids"],

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from hypenet_jax.data.batches import StageBatches, document_windows
+from hypenet_jax.data.pack_meta import META
 from hypenet_jax.data.packing import PackedTokens, pack
 from hypenet_jax.data.sources import Document, read_documents
 from hypenet_jax.data.tokenizers import Tokenizer
@@ -28,26 +29,66 @@ def packed_corpus(
 
     Without held-out sources of its own, a document is held out when the checksum of its beginning falls into the
     held-out share: the choice depends on the text alone, so no order, seed or machine moves a document across.
+    A source may also be a directory that `hypenet pack` wrote: it is read where it lies, alone, and the held-out
+    documents must then have a source of their own.
     """
-    if not (directory / "train").is_dir():
+    ready = _ready(config.sources, tokenizer)
+    if ready and not config.heldout:
+        raise HypenetError(
+            f"data.sources is the packed {config.sources[0]}, from which nothing can be held out; name data.heldout"
+        )
+    if not ready and not (directory / "train").is_dir():
         say(f"packing {', '.join(config.sources)}")
     share = 0.0 if config.heldout else config.heldout_share
-    kept = pack(
-        (d for d in _documents(config.sources) if not is_heldout(d.text, share)),
+    kept = ready or _packed(
+        config.sources,
+        lambda text: not is_heldout(text, share),
+        f"every document falls into the held-out share of {share:g}; lower data.heldout_share or give more of them",
+        f"without the held-out {share:g}",
         tokenizer,
         directory / "train",
-        seed=config.seed,
-        sources=(*config.sources, f"without the held-out {share:g}"),
+        config.seed,
     )
-    held = pack(
-        (d for d in _documents(config.heldout or config.sources) if config.heldout or is_heldout(d.text, share)),
+    held = _ready(config.heldout, tokenizer) or _packed(
+        config.heldout or config.sources,
+        lambda text: bool(config.heldout) or is_heldout(text, share),
+        f"none of the {kept.info.documents} documents falls into the held-out share of {share:g}; raise "
+        "data.heldout_share, or give more documents or data.heldout",
+        f"the held-out {share:g}",
         tokenizer,
         directory / "heldout",
-        seed=config.seed,
-        sources=(*(config.heldout or config.sources), f"the held-out {share:g}"),
+        config.seed,
     )
-    say(f"training on {kept.tokens:,} tokens of {kept.documents:,} documents, with {held.tokens:,} tokens held out")
-    return PackedTokens(directory / "train"), PackedTokens(directory / "heldout")
+    say(
+        f"training on {len(kept):,} tokens of {kept.info.documents:,} documents, "
+        f"with {len(held):,} tokens of {held.info.documents:,} held out"
+    )
+    return kept, held
+
+
+def _ready(sources: tuple[str, ...], tokenizer: Tokenizer) -> PackedTokens | None:
+    """The packed tokens that the one source is, or None where the sources are documents."""
+    packs = [source for source in sources if (pathlib.Path(source) / META).is_file()]
+    if not packs:
+        return None
+    if len(sources) > 1:
+        raise HypenetError(f"the packed {packs[0]} stands beside other sources; pack them all into one directory")
+    return PackedTokens(packs[0], tokenizer)
+
+
+def _packed(
+    sources: tuple[str, ...],
+    wanted: Callable[[str], bool],
+    otherwise: str,
+    choice: str,
+    tokenizer: Tokenizer,
+    directory: pathlib.Path,
+    seed: int,
+) -> PackedTokens:
+    """The wanted documents of the sources, packed into `directory`; HypenetError(otherwise) where there is none."""
+    documents = (document for document in _documents(sources) if wanted(document.text))
+    pack(_some(documents, otherwise), tokenizer, directory, seed=seed, sources=(*sources, choice))
+    return PackedTokens(directory, tokenizer)
 
 
 def is_heldout(text: str, share: float) -> bool:
@@ -85,7 +126,11 @@ def long_documents(heldout: PackedTokens, length: int, count: int) -> np.ndarray
     """
     windows = document_windows(heldout, length, count)
     if not len(windows):
-        raise HypenetError(f"no held-out document has {length + 1} tokens; lower the length or hold out longer texts")
+        longest = max(len(tokens) for tokens in heldout.documents())
+        raise HypenetError(
+            f"a length of {length} needs a held-out document of {length + 1} tokens but the longest has {longest}; "
+            "lower the length or hold out longer texts"
+        )
     return windows
 
 
@@ -98,6 +143,16 @@ def heldout_prose(heldout: PackedTokens, tokenizer: Tokenizer, characters: int =
         if total > characters:
             break
     return texts
+
+
+def _some(documents: Iterator[Document], otherwise: str) -> Iterator[Document]:
+    """The documents; HypenetError(otherwise) where there is none."""
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
+        raise HypenetError(otherwise)
 
 
 def _documents(sources: tuple[str, ...]) -> Iterator[Document]:

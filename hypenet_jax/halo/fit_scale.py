@@ -43,7 +43,8 @@ def fit_scale(
     grid = sorted(float(a) for a in grid)
     losses = [loss(a) for a in grid]
     return {
-        "a": vertex(grid, losses),
+        # Four digits: the loss is flat around its minimum, and configs and checkpoints show the number.
+        "a": float(f"{vertex(grid, losses):.4g}"),
         "grid": grid,
         "loss": losses,
         "loss_unscaled": loss(None),

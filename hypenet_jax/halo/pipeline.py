@@ -15,17 +15,15 @@ from hypenet_jax import hub
 from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
-from hypenet_jax.evals.choice import make_choices
-from hypenet_jax.evals.niah_samples import make_samples
-from hypenet_jax.evals.recall import recall_rows
 from hypenet_jax.evals.report import write_report
-from hypenet_jax.halo import corpus, select, transfer, variants
+from hypenet_jax.halo import corpus, precheck, select, transfer, variants
 from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
 from hypenet_jax.halo.distill import distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.halo.fit_scale import fit_scale
+from hypenet_jax.halo.probes import probes
 from hypenet_jax.halo.settings import ConvertConfig
-from hypenet_jax.halo.workdir import claim, read_json, timed, write_json
+from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
@@ -65,15 +63,17 @@ class Run:
 
 def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> Run:
     """Check everything that can be wrong before any work: mesh, teacher, directory, text."""
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
     teacher, params = hub.load(config.teacher)
     teacher = dataclasses.replace(teacher, dtype=config.dtype, remat=config.remat)
     if teacher.tokenizer is None:
         raise HypenetError(f"the teacher {config.teacher} has no tokenizer.json; put one beside its weights")
+    precheck.check_plan(config, teacher.config, mesh)
     params = jax.device_put(params, param_shardings(teacher.param_axes(), params, mesh))
     path = claim(workdir, config)
-    text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / "data", reporter.message)
+    text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / DATA, reporter.message)
+    precheck.check_text(config, teacher.tokenizer, text, heldout)
     return Run(config, path, mesh, teacher, params, text, heldout, reporter)
 
 
@@ -109,16 +109,16 @@ def select_layers(run: Run) -> tuple[int, ...]:
     scores: dict = {}
     with timed(run.workdir, "select"):
         if config.student.attention_layers is not None:
-            method, layers = "given", config.student.attention_layers
+            method, layers = "given", tuple(sorted(set(config.student.attention_layers)))
         else:
             method = config.select.method
             if config.select.scores is not None:
                 scores = select.read_scores(config.select.scores)
-            elif method in ("halo", "jet-nemotron", "kl-ls"):
+            elif method in select.NEEDS:
                 scores = _measure(run)
             layers = select.choose(scores, num_layers, method, config.select.keep)
         found = {"method": method, "layers": list(layers), **scores}
-        if method in ("halo", "jet-nemotron", "kl-ls"):
+        if method in select.NEEDS:
             importance = select.importance(scores["csr"], scores["recall"], method, kl=scores.get("kl"))
             found["scores"] = importance.tolist()
         write_json(path, found)
@@ -244,26 +244,8 @@ def _transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
 
 
 def _measure(run: Run) -> dict:
-    settings, tokenizer = run.config.select, run.tokenizer
-    essays = corpus.heldout_prose(run.heldout, tokenizer)
-    samples = [
-        sample
-        for task in ("S1", "S2-like")
-        for sample in make_samples(
-            task,
-            tokenizer,
-            settings.length,
-            max(1, settings.questions // 2),
-            None,
-            run.config.seed,
-            essays,
-            answer_budget=settings.answer_budget,
-            first_ids=() if tokenizer.bos_id is None else (tokenizer.bos_id,),
-        )
-    ]
-    rows = recall_rows([s.prompt_ids for s in samples], [s.answer_ids for s in samples], settings.length)
-    documents = [tokens.tolist() for tokens in run.heldout.documents()]
-    choices = make_choices(documents, settings.questions, seed=run.config.seed)
+    settings = run.config.select
+    rows, choices = probes(settings, run.tokenizer, run.heldout, run.config.seed)
     student, _ = _transferred(run, ())
 
     def report(layer: int, scores: dict) -> None:

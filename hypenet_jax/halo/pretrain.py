@@ -10,42 +10,47 @@ import jax
 
 from hypenet_jax import hub
 from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
+from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo import corpus
 from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.halo.precheck import check_evaluation
 from hypenet_jax.halo.settings import NetworkConfig, PretrainConfig
 from hypenet_jax.halo.transfer import student_of
-from hypenet_jax.halo.workdir import claim, timed, write_json
+from hypenet_jax.halo.workdir import DATA, claim, timed, write_json
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
 from hypenet_jax.parallel.rules import param_shardings
-from hypenet_jax.train.loop import train
+from hypenet_jax.train.loop import check_rows, train
 from hypenet_jax.train.metrics import ReporterLike
 
 
 def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> pathlib.Path:
     """Train, export to W/export, evaluate into W/eval.json, report. Resumable like every stage; returns the report."""
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
     tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
     model = LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, tokenizer)
+    trained = model.with_logits_scaling(None)
+    check_rows(config.train, mesh)
     path = claim(workdir, config)
-    text, heldout = corpus.packed_corpus(config.data, tokenizer, path / "data", reporter.message)
+    text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
+    check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
     shardings = param_shardings(model.param_axes(), model.param_shapes(), mesh)
     with timed(path, "train"):
         params, _ = train(
             name="train",
-            loss_fn=next_token_loss(model, config.train.token_chunk),
-            params=jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed)),
+            loss_fn=next_token_loss(trained, config.train.token_chunk),
+            params=_start(model, config, shardings),
             frozen=None,
             batches=corpus.stage_batches(text, config.train, 0, config.seed, config.data.workers),
             stage=config.train,
             directory=path / "train",
             mesh=mesh,
             param_shardings=shardings,
-            model_info=config_to_dict(model.config),
+            model_info=config_to_dict(trained.config),
             reporter=reporter,
         )
     hub.save(model, params, path / "export")
@@ -65,6 +70,28 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
     found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
     write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
     return write_report(path)
+
+
+def _start(model: LanguageModel, config: PretrainConfig, shardings) -> dict:
+    """Random parameters; or another model's, its matrices shrunk towards them by `start_share`.
+
+    Shrinking and perturbing a model that has memorised its text lets it generalise again while it keeps most of the
+    way it has come (Ash and Adams, arXiv 1910.08475).
+    """
+    fresh = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
+    if config.start_from is None:
+        return fresh
+    other, params = hub.load(config.start_from)
+    ours = dataclasses.replace(model.config, bos_id=None, eos_ids=(), pad_id=None, max_position=0)
+    theirs = dataclasses.replace(other.config, bos_id=None, eos_ids=(), pad_id=None, max_position=0)
+    if ours != theirs:
+        raise HypenetError(f"start_from {config.start_from} is another network than `model`; give one of its sizes")
+    share = config.start_share
+
+    def blend(old, new):
+        return share * old + (1 - share) * new if new.ndim > 1 else old
+
+    return jax.jit(lambda old, new: jax.tree.map(blend, old, new), out_shardings=shardings)(params, fresh)
 
 
 def network(sizes: NetworkConfig, tokenizer: Tokenizer) -> ModelConfig:

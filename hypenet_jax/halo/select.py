@@ -11,6 +11,9 @@ import numpy as np
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import SELECTION_METHODS, check_choice
 
+# What each rule reads; the others go by position alone.
+NEEDS = {"halo": ("csr", "recall"), "jet-nemotron": ("recall",), "kl-ls": ("kl",)}
+
 # With these the published scores of Qwen3-1.7B give the published layers; without the clip the layer with the best
 # common-sense score always ranks first by a factor of 1e8.
 EPS = 1e-10
@@ -47,6 +50,10 @@ def importance(csr, recall, method: str = "halo", *, kl=None, eps: float = EPS, 
     csr, recall = np.asarray(csr, np.float64), np.asarray(recall, np.float64)
     if csr.ndim != 1 or csr.shape != recall.shape or not csr.size:
         raise HypenetError(f"csr has shape {csr.shape} and recall {recall.shape}; both must be [layers], at least one")
+    given = {"csr": csr, "recall": recall, "kl": kl}
+    for name in NEEDS.get(method, ()):
+        if given[name] is not None and not np.all(np.isfinite(np.asarray(given[name], np.float64))):
+            raise HypenetError(f"the {name} scores hold a value that is not finite; measure that layer again")
     if method == "halo":
         return np.minimum((recall.max() - recall) / (csr.max() - csr + eps), clip)
     if method == "jet-nemotron":
@@ -68,25 +75,38 @@ def by_position(num_layers: int, keep: int, method: str) -> tuple[int, ...]:
     if method == "none":
         return ()
     first = num_layers // 2 if method == "latter-half" else 0
+    if keep > num_layers - first:
+        raise HypenetError(f"keep is {keep} but {method!r} has {num_layers - first} layers to choose from; keep fewer")
     return tuple(first + (i + 1) * (num_layers - first) // keep - 1 for i in range(keep))
 
 
 def choose(scores: dict, num_layers: int, method: str, keep: int | None = None) -> tuple[int, ...]:
     """The layers that keep attention, ascending: the top `keep` (default floor(L/4)) of the rule.
 
-    scores: {"csr": [L], "recall": [L], "kl": [L]}, as far as the method needs them.
+    scores: {"csr": [L], "recall": [L], "kl": [L]}, as far as the method needs them ("none" keeps no layer). Raises
+    HypenetError for scores that the method needs and lacks, or that do not fit the model, and for too large a keep.
     """
     check_choice("method", method, SELECTION_METHODS)
+    keep = kept(num_layers, keep)
+    if method not in NEEDS:
+        return by_position(num_layers, keep, method)
+    for name in NEEDS[method]:
+        if name not in scores:
+            raise HypenetError(f"the method {method!r} needs the {name} score of every layer; give them")
+        if len(scores[name]) != num_layers:
+            covered = len(scores[name])
+            raise HypenetError(f"the scores cover {covered} layers but the model has {num_layers}; give one a layer")
+    zeros = np.zeros(num_layers)
+    ranked = rank(scores.get("csr", zeros), scores.get("recall", zeros), method, kl=scores.get("kl"))
+    return tuple(sorted(ranked[:keep]))
+
+
+def kept(num_layers: int, keep: int | None) -> int:
+    """How many layers keep attention: `keep`, or floor(L/4) where None; HypenetError for more than there are."""
     keep = num_layers // 4 if keep is None else keep
     if not 0 <= keep <= num_layers:
         raise HypenetError(f"keep is {keep} but the model has {num_layers} layers; keep between 0 and all of them")
-    if method in ("evenly", "latter-half", "none"):
-        return by_position(num_layers, keep, method)
-    zeros = np.zeros(num_layers)
-    csr, recall = scores.get("csr", zeros), scores.get("recall", zeros)
-    if len(csr) != num_layers or len(recall) != num_layers:
-        raise HypenetError(f"the scores cover {len(csr)} layers but the model has {num_layers}; give one score a layer")
-    return tuple(sorted(rank(csr, recall, method, kl=scores.get("kl"))[:keep]))
+    return keep
 
 
 def read_scores(path: str | pathlib.Path) -> dict:
@@ -99,7 +119,7 @@ def read_scores(path: str | pathlib.Path) -> dict:
     if not path.is_file():
         raise HypenetError(f"the table of scores {path} is not a file; give a JSON file")
     try:
-        rows = sorted(json.loads(path.read_text())["layers"], key=lambda row: row["layer"])
+        rows = sorted(json.loads(path.read_text(encoding="utf-8"))["layers"], key=lambda row: row["layer"])
         scores = {name: [_mean(row[name]) for row in rows] for name in ("csr", "recall")}
         if rows and "kl" in rows[0]:
             scores["kl"] = [_mean(row["kl"]) for row in rows]
@@ -115,4 +135,7 @@ def read_scores(path: str | pathlib.Path) -> dict:
 
 
 def _mean(value: float | dict) -> float:
-    return float(np.mean(list(value.values()))) if isinstance(value, dict) else float(value)
+    scores = [float(score) for score in value.values()] if isinstance(value, dict) else [float(value)]
+    if not scores or not np.all(np.isfinite(scores)):
+        raise ValueError(f"{value} is no score")
+    return float(np.mean(scores))

@@ -6,6 +6,8 @@ Defaults follow arXiv 2601.22156 where it gives a value; docs/method.md names th
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.model.config import POSITIONS
@@ -19,6 +21,13 @@ def check_choice(name: str, value: str, choices) -> None:
     """Raise unless value is one of choices."""
     if value not in choices:
         raise HypenetError(f"{name} is {value!r}; use one of {', '.join(choices)}")
+
+
+def check_positive(section: str, settings: Any, *names: str) -> None:
+    """Raise unless each named field is at least 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise HypenetError(f"{section}.{name} is {getattr(settings, name)}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,8 @@ class DataConfig:
             raise HypenetError("data.sources is empty; name at least one file, folder or built-in source")
         if not 0 < self.heldout_share < 1 and not self.heldout:
             raise HypenetError(f"data.heldout_share is {self.heldout_share}; it must lie between 0 and 1")
+        if self.workers < 0:
+            raise HypenetError(f"data.workers is {self.workers}; it must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +78,7 @@ class SelectConfig:
         check_choice("select.method", self.method, SELECTION_METHODS)
         if self.keep is not None and self.keep < 0:
             raise HypenetError(f"select.keep is {self.keep}; it must be at least 0")
+        check_positive("select", self, "questions", "length", "batch_size", "answer_budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +91,9 @@ class FitScaleConfig:
     batch_size: int = 1
 
     def __post_init__(self):
-        if len(self.grid) < 3 or min(self.grid) <= 1:
-            raise HypenetError(f"fit_scale.grid is {self.grid}; it needs at least three values above 1")
+        if len(set(self.grid)) < 3 or not all(1 < a < math.inf for a in self.grid):
+            raise HypenetError(f"fit_scale.grid is {self.grid}; it needs at least three values, all above 1 and finite")
+        check_positive("fit_scale", self, "length", "documents", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +117,12 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_choice("evaluate.answer", self.answer, ("forced", "generate"))
+        check_positive("evaluate", self, "samples", "answer_budget", "prefill_chunk", "batch_tokens", "new_tokens")
+        check_positive("evaluate", self, "perplexity_length", "perplexity_documents")
+        if self.tasks and not self.lengths:
+            raise HypenetError("evaluate.lengths is empty but evaluate.tasks are not; give lengths, or no tasks")
+        if not all(self.prompts):
+            raise HypenetError("evaluate.prompts holds an empty prompt; write a text to continue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +163,20 @@ class NetworkConfig:
     tie_embeddings: bool = True
     qk_norm: bool = True
     max_position: int = 4096
-    logits_scaling: float | None = None
+    logits_scaling: float | None = None  # a of s_t, for inference: training goes without
 
     def __post_init__(self):
         check_choice("model.position", self.position, POSITIONS)
+        if self.attention_layers is None and self.position != "rope":
+            raise HypenetError(
+                f"model.position is {self.position!r} but model.attention_layers is not given; "
+                "only a HypeNet has variants"
+            )
+        if self.attention_layers is None and self.logits_scaling is not None:
+            raise HypenetError(
+                f"model.logits_scaling is {self.logits_scaling:g} but model.attention_layers is not given; "
+                "only a HypeNet scales its logits"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +187,8 @@ class PretrainConfig:
     data: DataConfig
     train: StageConfig
     tokenizer: str = "bytes"  # "bytes", or a directory or file with a tokenizer.json
+    start_from: str | None = None  # a model of the same sizes to start from, instead of random parameters
+    start_share: float = 1.0  # how much of its matrices is kept; the rest is the random start (shrink and perturb)
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = 0
     dtype: str = "bfloat16"
@@ -166,3 +197,5 @@ class PretrainConfig:
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        if not 0 < self.start_share <= 1:
+            raise HypenetError(f"start_share is {self.start_share}; it must be above 0 and at most 1")

@@ -16,32 +16,40 @@ import jax
 from hypenet_jax import config as configs
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.train.checkpoint import versions
+from hypenet_jax.train.stage import FREE_FIELDS
 
-# What a directory may already hold when a run claims it.
-CONFIG = "config.json"
+CONFIG, DATA = "config.json", "data"
+TEMPORARY = ".tmp"
+# What may differ when a run continues: what is measured, on which devices, and how the same numbers are computed.
+FREE = (
+    "evaluate",
+    "mesh",
+    "remat",
+    *(f"{stage}.{field}" for stage in ("align", "distill", "finetune", "train") for field in FREE_FIELDS),
+)
 
 
-def claim(directory: str | os.PathLike, config: Any, free: tuple[str, ...] = ("evaluate",)) -> pathlib.Path:
+def claim(directory: str | os.PathLike, config: Any, free: tuple[str, ...] = FREE) -> pathlib.Path:
     """Make the directory this config's own, or continue in it when it already is.
 
-    Sections in `free` may differ from an earlier run's. Raises HypenetError when the directory holds something else,
-    or a run of another config (naming the first field that differs).
+    Sections and fields in `free` may differ from an earlier run's; before any step has run everything may. Raises
+    HypenetError when the directory holds something else, or a run of another config (naming the first field that
+    differs).
     """
     path = pathlib.Path(directory)
     wanted = json.loads(json.dumps(configs.to_mapping(config)))
     if path.exists() and not path.is_dir():
         raise HypenetError(f"the work directory {path} is a file; choose another")
-    stored = path / CONFIG
-    if stored.is_file():
-        before = read_json(stored)
-        changed = configs.differences(
-            {k: v for k, v in before.items() if k not in free}, {k: v for k, v in wanted.items() if k not in free}
-        )
+    # A kill while the config was written leaves its temporary file.
+    held = {entry.name for entry in path.iterdir()} - {CONFIG + TEMPORARY} if path.is_dir() else set()
+    before = read_json(path / CONFIG) if CONFIG in held else None
+    if held and not (isinstance(before, dict) and isinstance(before.get(DATA), dict)):
+        raise HypenetError(f"the work directory {path} holds something else; choose an empty or a new one")
+    if before and held - {CONFIG, DATA}:
+        changed = configs.differences(before, wanted, free)
         if changed:
             raise HypenetError(f"the work directory {path} belongs to another run: {changed[0]}; choose another")
-    elif path.is_dir() and any(path.iterdir()):
-        raise HypenetError(f"the work directory {path} holds something else; choose an empty or a new one")
-    write_json(stored, wanted)
+    write_json(path / CONFIG, wanted)
     return path
 
 
@@ -49,7 +57,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """Write a JSON file beside its place and move it there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
+        aside = path.with_name(path.name + TEMPORARY)
         aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:

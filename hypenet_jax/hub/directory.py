@@ -90,7 +90,7 @@ def _check_space(target: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:
         raise HypenetError(
-            f"{target} needs {needed_bytes / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB free; make room or "
+            f"{target} needs {needed_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; make room or "
             "write elsewhere"
         )
 

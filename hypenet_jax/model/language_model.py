@@ -74,7 +74,7 @@ class LanguageModel:
 
     def with_logits_scaling(self, scaling: float | LogitsScaling | None) -> LanguageModel:
         """The same model with HyPE's query scaling s_t = ln(t+a)/ln(a) for a number a, another scaling, or none."""
-        if isinstance(scaling, (int, float)):
+        if scaling is not None and not isinstance(scaling, LogitsScaling):
             scaling = LogitsScaling("hype", float(scaling))
         return dataclasses.replace(self, config=dataclasses.replace(self.config, logits_scaling=scaling))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from hypenet_jax.errors import HypenetError
 DIRECTORY = "checkpoints"
 JSON_NAME = "hypenet_checkpoint.json"
 FORMAT = 1
+# What a checkpoint takes beside its arrays, generously.
+OVERHEAD_BYTES = 1 << 20
 
 _T = TypeVar("_T")
 
@@ -138,8 +141,11 @@ class Checkpoints:
     def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied to the host, so the state may be donated at once.
 
-        Only one save is in flight: a second waits for the first, so that the host never holds two copies.
+        Only one save is in flight: a second waits for the first, so that the host never holds two copies. Raises
+        HypenetError where the disk has no room for it.
         """
+        self.wait()
+        self._check_space(state)
         about = {"format": FORMAT, "step": step, "versions": versions(), **about}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(about))
         self._manager.save(step, args=args, force=True)
@@ -180,6 +186,16 @@ class Checkpoints:
         """(state, JSON) of the latest complete checkpoint; see `restore`."""
         step = self.require_latest()
         return self.restore(step, abstract), self.about(step)
+
+    def _check_space(self, state: Any) -> None:
+        # On a full disk Orbax fails in a dozen threads at once, each with a traceback of its own.
+        needed = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state)) + OVERHEAD_BYTES
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise HypenetError(
+                f"a checkpoint in {self.directory} needs {needed / 1e6:,.1f} MB but the disk has {free / 1e6:,.1f} MB "
+                "free; make room and run the same command again"
+            )
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -79,7 +79,7 @@ def train(
       SystemExit: with EXIT_PREEMPTED, after SIGTERM; the state is saved.
     """
     directory = os.path.abspath(directory)
-    _check_rows(stage, mesh)
+    check_rows(stage, mesh)
     if param_shardings is None:
         param_shardings = jax.tree.map(lambda _: replicated(mesh), params)
     abstract = abstract_state(params, stage, param_shardings, mesh)
@@ -129,7 +129,8 @@ def train(
     return state["params"], {"name": name, "resumed_from": first, **log.last}
 
 
-def _check_rows(stage: StageConfig, mesh: Mesh) -> None:
+def check_rows(stage: StageConfig, mesh: Mesh) -> None:
+    """Raise HypenetError unless the stage's microbatches divide over the mesh."""
     rows, parts = stage.batch_size // stage.gradient_accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise HypenetError(

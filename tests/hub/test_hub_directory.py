@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up_leaves_the_old_export(tmp_path, monkeypatch, error
 def test_a_disk_that_is_too_small_is_named_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(HypenetError, match="0.000 GB free"):
+    with pytest.raises(HypenetError, match="0.0 MB free"):
         hub.save(MODEL, PARAMS, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Mixers by name. Each file holds one mixer: its parameters, forward, cache, transfer from attention and names."""
+"""Mixers by name. Each file holds one mixer: its parameters, forward, cache, and transfer from attention."""
 
 from __future__ import annotations
 

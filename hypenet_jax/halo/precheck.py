@@ -1,0 +1,74 @@
+"""What a config asks of the devices, the teacher and the text, tried before any training: errors cost no hours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from jax.sharding import Mesh
+
+from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.data.tokenizers import Tokenizer
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals import suite
+from hypenet_jax.halo import corpus, select, transfer
+from hypenet_jax.halo.probes import probes
+from hypenet_jax.halo.settings import ConvertConfig, EvaluateConfig
+from hypenet_jax.model import ModelConfig
+from hypenet_jax.train.loop import check_rows
+
+STAGES = ("align", "distill", "finetune")
+
+
+def check_plan(config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> None:
+    """Raise HypenetError where batches do not divide over the mesh, or the chosen layers do not fit the teacher."""
+    for name in STAGES:
+        with section(name):
+            check_rows(getattr(config, name), mesh)
+    with section("student"):
+        transfer.student_of(teacher, config.student.attention_layers or (), config.student.position)
+    with section("select"):
+        settings, num_layers = config.select, teacher.num_layers
+        if config.student.attention_layers is None and settings.scores is not None:
+            select.choose(select.read_scores(settings.scores), num_layers, settings.method, settings.keep)
+        elif config.student.attention_layers is None and settings.method not in select.NEEDS:
+            select.choose({}, num_layers, settings.method, settings.keep)
+        else:
+            select.kept(num_layers, settings.keep)
+
+
+def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, heldout: PackedTokens) -> None:
+    """Raise HypenetError where a stage, a probe, the fit or the evaluation asks for text that there is not."""
+    for name in STAGES:
+        with section(name):
+            corpus.stage_batches(text, getattr(config, name), 0, config.seed, config.data.workers)
+    if measures(config):
+        with section("select"):
+            probes(config.select, tokenizer, heldout, config.seed)
+    with section("fit_scale"):
+        corpus.long_documents(heldout, config.fit_scale.length, config.fit_scale.documents)
+    check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
+
+
+def check_evaluation(settings: EvaluateConfig, tokenizer: Tokenizer, heldout: PackedTokens, seed: int) -> None:
+    """Raise HypenetError where no held-out document is as long as perplexity needs, or a length holds no needle."""
+    with section("evaluate"):
+        corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
+        essays = settings.essays or corpus.heldout_prose(heldout, tokenizer)
+        for task in settings.tasks:
+            suite.needle_samples(tokenizer, settings, task, min(settings.lengths), essays, seed)
+
+
+def measures(config: ConvertConfig) -> bool:
+    """Whether layer selection runs the variants, because neither layers nor scores are given."""
+    given = config.student.attention_layers is not None or config.select.scores is not None
+    return not given and config.select.method in select.NEEDS
+
+
+@contextlib.contextmanager
+def section(name: str) -> Iterator[None]:
+    """Name the config section in the body's errors."""
+    try:
+        yield
+    except HypenetError as error:
+        raise HypenetError(f"in config section {name!r}: {error}") from None
