@@ -31,7 +31,7 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def byte_teacher(tmp_path_factory) -> pathlib.Path:
-    """A Hugging Face directory: a Qwen3 of two layers and width 32 over bytes, weights random and large enough to matter."""
+    """A Hugging Face directory: a Qwen3 of two layers over bytes, its weights random and large enough to matter."""
     import numpy as np
 
     import hypenet_jax as hn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from hypenet_jax.evals.choice import Choices, choice
 from hypenet_jax.evals.recall import RecallRows, recall
-from hypenet_jax.evals.token_nll import padded_rows, project_nll
+from hypenet_jax.evals.token_nll import project_nll
 from hypenet_jax.model import LanguageModel, mixers, stack
 from kernels_pallas.cross_entropy.api import linear_kl
 
@@ -63,30 +64,28 @@ def measure(
         return project_nll(states, teacher.head(params), targets_BT, segment_ids_BT)
 
     @jax.jit
-    def divergence(params, mixer_params, replaced_L, tokens_BT, segment_ids_BT):
+    def nll_and_kl(params, mixer_params, replaced_L, tokens_BT, targets_BT, segment_ids_BT):
         got = hidden(params, mixer_params, replaced_L, tokens_BT, segment_ids_BT)
         wanted = teacher.hidden(params, tokens_BT, segment_ids_BT)
         head = teacher.head(params)
-        return linear_kl(got, head, wanted, head, segment_ids_BT >= 0)
+        kl = linear_kl(got, head, wanted, head, segment_ids_BT >= 0)
+        return project_nll(got, head, targets_BT, segment_ids_BT), kl
 
     def scores(replaced: Sequence[bool]) -> dict:
-        flags = jnp.asarray(replaced)
+        weights = (params, mixer_params, jnp.asarray(replaced))
+        divergences: list[tuple[float, float]] = []
 
-        def token_nll(tokens_BT, targets_BT, segment_ids_BT):
-            return nll(params, mixer_params, flags, tokens_BT, targets_BT, segment_ids_BT)
+        def recalled(tokens_BT, targets_BT, segment_ids_BT):
+            found, (mean, count) = nll_and_kl(*weights, tokens_BT, targets_BT, segment_ids_BT)
+            divergences.append((float(mean), float(count)))
+            return found
 
-        kls, counts = [], []
-        for start in range(0, len(recall_rows.tokens), batch_size):
-            tokens_BT = padded_rows(recall_rows.tokens, start, batch_size)
-            ids_BT = padded_rows(recall_rows.segment_ids, start, batch_size, fill=-1)
-            mean, count = divergence(params, mixer_params, flags, tokens_BT, ids_BT)
-            kls.append(float(mean))
-            counts.append(float(count))
-        return {
-            "csr": choice(token_nll, None, choices, batch_size=batch_size),
-            "recall": recall(token_nll, None, recall_rows, batch_size=batch_size),
-            "kl": float(np.average(kls, weights=counts)),
+        found = {
+            "csr": choice(partial(nll, *weights), None, choices, batch_size=batch_size),
+            "recall": recall(recalled, None, recall_rows, batch_size=batch_size),
         }
+        kls, counts = zip(*divergences, strict=True)
+        return found | {"kl": float(np.average(kls, weights=counts))}
 
     num_layers = teacher.config.num_layers
     measured: dict = {"teacher": scores([False] * num_layers), "csr": [], "recall": [], "kl": []}

@@ -78,7 +78,7 @@ def forward(
     else:
         context = context._replace(query_scale_BT=query_scaling(config.logits_scaling, context.positions_BT))
     mix = mix or own_mixers(params, config)
-    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+    x_BTD = jnp.asarray(params["embedding"])[tokens_BT].astype(dtype)
     for layer in range(config.num_layers):
 
         def run(x_BTD, layer=layer):
@@ -116,7 +116,7 @@ def step(
     positions_BT = jnp.maximum(cache["length"][:, None] + count_BT - 1, 0)
     ids_BT = jnp.where(valid_BT, 0, -1)
     context = Context(positions_BT, ids_BT, query_scaling(config.logits_scaling, positions_BT))
-    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+    x_BTD = jnp.asarray(params["embedding"])[tokens_BT].astype(dtype)
     layers = []
     for layer, mixer in enumerate(config.mixers):
         weights = params[f"layer_{layer}"]

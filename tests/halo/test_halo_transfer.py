@@ -23,7 +23,7 @@ def test_the_official_transfer_to_the_bit(shared):
     golden = load_file(shared / "golden" / "d_weight_transfer.safetensors")
     width, heads, head_dim = 64, 4, 32
     names = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
-    teacher, wanted = ({}, {})
+    teacher, wanted = {}, {}
     for tree, whose, kv_heads in ((teacher, "teacher", 2), (wanted, "student", heads)):
         for name, theirs in names.items():
             count = heads if name == "q" else kv_heads
@@ -149,7 +149,8 @@ def test_the_first_alignment_loss_of_both_starts():
         losses[start] = float(loss(trained, params, batch)[0])
     zero = jax.tree.map(np.zeros_like, trained)
     losses["zero"] = float(loss(zero, params, batch)[0])
-    assert losses["calibrated"] < losses["zero"] < losses["official"], losses
+    assert losses["calibrated"] < 0.8 * losses["zero"], losses
+    assert losses["calibrated"] < 0.8 * losses["official"], losses
 
 
 @pytest.mark.parametrize(

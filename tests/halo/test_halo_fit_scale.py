@@ -1,0 +1,74 @@
+"""The a of s_t: the grid's losses are the scaled model's own, and its minimum is found."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hypenet_jax as hn
+from hypenet_jax.halo.fit_scale import fit_scale, vertex
+
+GRID = (3.0, 50.0, 1.5, 400.0)
+
+
+@pytest.fixture(scope="module")
+def student(tiny):
+    model, params = hn.convert(*tiny, [0, 1], start="calibrated")
+    return model.with_logits_scaling(77.0), params
+
+
+@pytest.fixture(scope="module")
+def fitted(student):
+    windows = np.random.default_rng(6).integers(0, 31, (3, 41), dtype=np.int32)
+    return windows, fit_scale(*student, windows, GRID, batch_size=2)
+
+
+def direct(model, params, windows):
+    logits = np.asarray(model.logits(params, windows[:, :-1]), np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    return (log_z - np.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]).mean()
+
+
+def test_every_loss_is_that_of_the_scaled_model(student, fitted):
+    (model, params), (windows, found) = student, fitted
+    assert found["grid"] == sorted(GRID) and (found["length"], found["documents"]) == (40, 3)
+    for a, loss in zip(found["grid"], found["loss"], strict=True):
+        assert loss == pytest.approx(direct(model.with_logits_scaling(a), params, windows), rel=1e-5)
+    # Whatever scaling the model came with, "unscaled" is without.
+    unscaled = direct(model.with_logits_scaling(None), params, windows)
+    assert found["loss_unscaled"] == pytest.approx(unscaled, rel=1e-5)
+    assert len({round(loss, 6) for loss in [*found["loss"], unscaled]}) == 5
+
+
+def test_a_is_the_vertex_of_the_grid(fitted):
+    found = fitted[1]
+    assert found["a"] == pytest.approx(vertex(found["grid"], found["loss"]), rel=1e-3)
+
+
+def test_the_best_of_the_grid_wins():
+    grid = [2.0, 8.0, 32.0, 128.0]
+    assert vertex(grid, [1.0, 2.0, 3.0, 4.0]) == 2.0
+    assert vertex(grid, [4.0, 3.0, 2.0, 1.0]) == 128.0
+    assert 2.0 < vertex(grid, [3.0, 1.0, 2.0, 0.99999 + 1]) < 32.0
+    assert vertex(grid, [2.0, 1.0, 2.0, 3.0]) == pytest.approx(8.0)
+    assert vertex(grid, [1.0, 1.0, 1.0, 1.0]) == 2.0
+    # Flat on one side: the minimum lies between the two equal points.
+    assert vertex(grid, [5.0, 1.0, 1.0, 5.0]) == pytest.approx(16.0)
+
+
+@given(
+    st.lists(st.floats(1.1, 1e4), min_size=3, max_size=8, unique_by=lambda a: round(math.log(a), 2)),
+    st.floats(0.2, 9.0),
+    st.floats(0.01, 10.0),
+)
+def test_a_parabola_gives_its_own_vertex(grid, center, curvature):
+    grid = sorted(grid)
+    losses = [3.0 + curvature * (math.log(a) - center) ** 2 for a in grid]
+    best = int(np.argmin(losses))
+    found = vertex(grid, losses)
+    if best in (0, len(grid) - 1):
+        assert found == grid[best]
+    else:
+        assert math.log(found) == pytest.approx(center, abs=1e-4)

@@ -1,0 +1,137 @@
+"""`hypenet convert` from a teacher to its report, again, and step by step: bit for bit the same."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+import hypenet_jax as hn
+from hypenet_jax.cli import main
+from hypenet_jax.halo import pipeline
+from hypenet_jax.halo.workdir import read_json
+
+STEPS = ("align", "select", "distill", "finetune", "fit-scale", "export", "evaluate")
+STAGES = ("align", "distill", "finetune")
+
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
+
+def test_everything_is_there(finished, stage_records):
+    chosen = read_json(finished / "select.json")
+    assert chosen["method"] == "kl-ls" and len(chosen["layers"]) == 1
+    assert chosen["scores"] == chosen["kl"] and len(chosen["recall"]) == len(chosen["csr"]) == 2
+    assert chosen["layers"] == [int(np.argmax(chosen["kl"]))]
+    assert [len(stage_records(finished / stage)) for stage in STAGES] == [5, 5, 4]
+    fitted = read_json(finished / "fit_scale.json")
+    assert fitted["documents"] == 3 and fitted["grid"] == [2, 20, 200]
+    found = read_json(finished / "eval.json")
+    assert list(found["models"]) == ["teacher", "student", "student_unscaled"]
+    assert [sample["model"] for sample in found["samples"]] == ["teacher", "student"]
+    for model in found["models"].values():
+        assert sum(row["total"] for row in model["niah"]) == 2
+    assert "<html" in (finished / "report" / "index.html").read_text()
+    assert read_json(finished / "run.json")["seconds"].keys() >= {"align", "select", "distill", "evaluate teacher"}
+
+
+def test_training_makes_the_loss_fall(finished, stage_records):
+    for stage in ("align", "distill"):
+        records = stage_records(finished / stage)
+        assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_the_export_loads_and_computes_the_same(finished):
+    model, params = hn.load(finished / "export")
+    stage, trained = hn.load(finished / "finetune")
+    layers = read_json(finished / "select.json")["layers"]
+    assert model.config.attention_layers == tuple(layers) and model.tokenizer.vocab_size == 257
+    a = read_json(finished / "fit_scale.json")["a"]
+    assert model.config.logits_scaling.value == a
+    tokens = np.arange(40, dtype=np.int32).reshape(2, 20)
+    got, wanted = model.logits(params, tokens), stage.with_logits_scaling(a).logits(trained, tokens)
+    np.testing.assert_array_equal(got, wanted)
+    unscaled = model.with_logits_scaling(None).logits(params, tokens)
+    np.testing.assert_array_equal(unscaled, stage.logits(trained, tokens))
+    assert np.abs(np.asarray(got) - np.asarray(unscaled)).max() > 0
+
+
+def test_again_nothing_is_trained(finished, convert_config, contents, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "_measure", lambda run: pytest.fail("measured again"))
+    before = contents(finished)
+    assert main(["convert", "--config", str(convert_config), "--workdir", str(finished)]) == 0
+    said = capsys.readouterr().err
+    assert "step 1/" not in said and "NIAH" not in said and "the report is" in said
+    after = contents(finished)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"run.json", "report/index.html", "report/report.json"}
+
+
+def test_step_by_step_is_the_same_to_the_bit(finished, convert_config, tmp_path, contents, stage_records):
+    for step in STEPS:
+        assert main([step, "--config", str(convert_config), "--workdir", str(tmp_path / "run")]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert contents(tmp_path / "run" / "export") == contents(finished / "export")
+    for name in ("select.json", "fit_scale.json", "eval.json"):
+        assert read_json(tmp_path / "run" / name) == read_json(finished / name), name
+    for stage in STAGES:
+        assert stage_records(tmp_path / "run" / stage) == stage_records(finished / stage)
+    assert os.path.isfile(tmp_path / "run" / "report" / "report.json")
+
+
+@pytest.mark.parametrize(("step", "missing"), [("select", "align"), ("fit-scale", "select"), ("export", "fit_scale")])
+def test_a_step_before_its_time(convert_config, tmp_path, capsys, step, missing):
+    assert main([step, "--config", str(convert_config), "--workdir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert missing in said.splitlines()[-1] and "run" in said.splitlines()[-1]
+
+
+def test_another_config_is_refused_by_name(finished, convert_config, contents, capsys):
+    before = contents(finished)
+    arguments = ["align", "--config", str(convert_config), "--workdir", str(finished)]
+    assert main([*arguments, "--set", "align.peak_lr=0.5"]) == 2
+    assert "belongs to another run: align.peak_lr was 0.003 and is 0.5" in capsys.readouterr().err
+    assert main([*arguments, "--set", "student.position=nope", "--set", "seed=3"]) == 2
+    assert "seed was 0 and is 3" in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_given_layers_need_no_measurement(convert_config, tmp_path, monkeypatch, finished):
+    """A table of scores, a rule without scores, and layers by hand: each ends in select.json."""
+    monkeypatch.setattr(pipeline, "_measure", lambda run: pytest.fail("measured"))
+    table = tmp_path / "scores.json"
+    rows = [{"layer": i, "csr": 0.5, "recall": 0.1 * i} for i in range(2)]
+    table.write_text(json.dumps({"layers": rows}))
+    cases = {
+        "given": (["student.attention_layers=[1,0,1]"], [0, 1]),
+        "jet-nemotron": (["select.method=jet-nemotron", f"select.scores={table}"], [0]),
+        "evenly": (["select.method=evenly"], [1]),
+        "none": (["select.method=none"], []),
+    }
+    for name, (settings, layers) in cases.items():
+        flags = [word for setting in settings for word in ("--set", setting)]
+        directory = tmp_path / name
+        assert main(["select", "--config", str(convert_config), "--workdir", str(directory), *flags]) == 0
+        found = read_json(directory / "select.json")
+        assert (found["method"], found["layers"]) == (name, layers)
+
+
+def test_new_measurements_of_a_finished_run(finished, convert_config, tmp_path, contents):
+    """`evaluate` may change; what was trained stays."""
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    flags = ["--set", "evaluate.lengths=[480]", "--set", "evaluate.samples=1", "--set", "evaluate.prompts=[]"]
+    assert main(["evaluate", "--config", str(convert_config), "--workdir", str(copy), *flags]) == 0
+    found = read_json(copy / "eval.json")
+    assert {row["length"] for model in found["models"].values() for row in model["niah"]} == {480}
+    assert found["samples"] == []
+    assert contents(copy / "finetune") == contents(finished / "finetune")
+
+
+def test_the_workdir_stays_where_it_was_put(finished):
+    assert sorted(path.name for path in pathlib.Path(finished).parent.iterdir()) == ["run"]
+    leftovers = [path for path in finished.rglob("*") if "partial" in path.name or path.name.endswith(".tmp")]
+    assert leftovers == []
