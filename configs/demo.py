@@ -24,10 +24,10 @@ def get_config():
     config.data = dict(sources=("stdlib", "retrieval:8000:seed=11:max_chars=512"), heldout_share=0.06)
     config.student = dict(position="hype", start="calibrated")
     shared = dict(batch_size=4, seq_len=512, warmup_steps=10, log_every=20, checkpoint_every=100, token_chunk=2048)
-    config.align = dict(steps=110, peak_lr=3e-3, end_lr=1e-4, **shared)
-    # The recall rule alone: with this few questions HALO's own rule divides by a difference within the noise.
-    config.select = dict(method="jet-nemotron", questions=32, length=576, batch_size=16, answer_budget=16)
-    config.distill = dict(steps=330, peak_lr=2e-3, end_lr=1e-5, **shared)
+    config.align = dict(steps=90, peak_lr=3e-3, end_lr=1e-4, **shared)
+    # The divergence from the teacher: with this few questions, scores of right answers rank the noise.
+    config.select = dict(method="kl-ls", questions=32, length=576, batch_size=16, answer_budget=16)
+    config.distill = dict(steps=270, peak_lr=2e-3, end_lr=1e-5, **shared)
     config.finetune = dict(steps=20, peak_lr=1e-4, end_lr=1e-5, **shared)
     config.fit_scale = dict(length=8192, documents=3, grid=(20, 50, 100, 200, 500, 1000, 5000))
     config.evaluate = dict(
@@ -38,7 +38,7 @@ def get_config():
         answer_budget=16,
         alternatives=False,
         perplexity_length=8192,
-        perplexity_documents=4,
+        perplexity_documents=3,
         batch_tokens=8192,
         prompts=(
             "One of the special magic numbers for tall-boat is: 7041952.\nThe special magic number for tall-boat is",

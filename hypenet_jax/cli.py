@@ -23,7 +23,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the system says about a path of the user's; other errors of the system are bugs.
 REFUSALS = (
     *FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
-    errno.ELOOP,
+    errno.ELOOP, errno.EEXIST,
 )  # fmt: skip
 
 # command -> (help, example); the order is that of a user's first day.

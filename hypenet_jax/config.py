@@ -38,7 +38,7 @@ def from_mapping(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     fields = {field.name for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
-            raise HypenetError(_unknown_key(where + name, fields))
+            raise HypenetError(_unknown_key(f"{where}{name}", fields))
     required = [
         f.name
         for f in dataclasses.fields(kind)

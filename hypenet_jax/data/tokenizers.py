@@ -146,14 +146,17 @@ def _named_ids(directory: pathlib.Path, found: Tokenizer) -> dict[str, list[int]
         token = files["tokenizer_config.json"].get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            token_id = found.token_id(token)
+            token_id = found.token_id(token) if isinstance(token, str) else None
             if token_id is None:
                 raise HypenetError(f"{role}_token {token!r} of tokenizer_config.json in {str(directory)!r} is no token")
             ids.append(token_id)
         for name in ("generation_config.json", "config.json"):
             value = files[name].get(f"{role}_token_id")
-            if value is not None and (not ids or name == "generation_config.json"):
-                ids.extend(value if isinstance(value, list) else [value])
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(token_id, int) and abs(token_id) < 1 << 31 for token_id in listed):
+                raise HypenetError(f"{role}_token_id of {name} in {str(directory)!r} is {value!r}; give a token id")
+            if not ids or name == "generation_config.json":
+                ids.extend(listed)
         named[role] = list(dict.fromkeys(ids))
     return named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,15 +109,15 @@ def refuse_hybrid(config: ModelConfig, *, qk_norm: bool) -> None:
 
 def integer(values: Values, key: str, where: str, default: int | None = None) -> int:
     value = _present(values, key, where, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise HypenetError(f"{key} in {where} is {value!r}; it must be a whole number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1 << 31 or value % 1:
+        raise HypenetError(f"{key} in {where} is {value!r}; it must be a whole number of at most 31 bits")
     return int(value)
 
 
 def number(values: Values, key: str, where: str, default: float | None = None) -> float:
     value = _present(values, key, where, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise HypenetError(f"{key} in {where} is {value!r}; it must be a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+        raise HypenetError(f"{key} in {where} is {value!r}; it must be a finite number")
     return float(value)
 
 

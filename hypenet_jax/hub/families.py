@@ -18,6 +18,8 @@ def family_of(values: Values, where: str) -> ModuleType:
       HypenetError: an architecture that is not supported.
     """
     architectures = values.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise HypenetError(f"architectures in {where} is {architectures!r}; it must be a list of names")
     for module in FAMILIES.values():
         named = architectures[0] in module.ARCHITECTURES if architectures else None
         if named or (named is None and values.get("model_type") == module.MODEL_TYPE):

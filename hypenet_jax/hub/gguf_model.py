@@ -56,7 +56,10 @@ class GgufFile:
     def metadata(self, key: str) -> Any:
         """The value of a key (a Python number, string or list), or None."""
         field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except (ValueError, IndexError) as error:
+            raise HypenetError(f"the key {key} of {self.path} cannot be read ({error}); copy the file again") from error
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, float32; raises HypenetError for a quantisation that cannot be undone."""

@@ -111,6 +111,8 @@ def build(
         )
     how = PRE_TOKENIZERS[pre]
     types = types or [_NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise HypenetError(f"{where} has {len(tokens)} tokens but {len(types)} token types; convert the file again")
     # Unused entries only fill the table up to the embedding's rows.
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
     broken = next((merge for merge in merges if merge.count(" ") != 1), None)

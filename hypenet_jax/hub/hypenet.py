@@ -117,8 +117,10 @@ def _layer_rows(config: ModelConfig, layer: int) -> tuple[Row, ...]:
 
 def _read_mixers(values: Values, num_layers: int, where: str) -> tuple[str, ...]:
     listed = values.get("mixer_types") or ["attn"] * num_layers
+    if not isinstance(listed, list):
+        raise HypenetError(f"mixer_types in {where} is {listed!r}; it must be a list of one mixer a layer")
     for layer, name in enumerate(listed):
-        if name not in _MIXERS:
+        if not isinstance(name, str) or name not in _MIXERS:
             raise HypenetError(
                 f"mixer_types[{layer}] in {where} is {name!r}, which is not supported; use 'attn' or 'lightning-attn'"
             )

@@ -72,8 +72,8 @@ def _files(directory: Path) -> dict[str, str]:
             raise HypenetError(f"{directory} has neither {SINGLE} nor {INDEX}; {remedy}")
         return {}
     listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise HypenetError(f"{index} has no weight_map; copy it again")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise HypenetError(f"{index} has no weight_map from tensors to files; copy it again")
     for file in sorted(set(listed.values())):
         if not (directory / file).is_file():
             raise HypenetError(f"{index} names the shard {file}, which is not there; copy it again")
