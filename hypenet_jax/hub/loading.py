@@ -92,6 +92,8 @@ def _config_and_tensors(directory: Path) -> tuple[ModelConfig, list[Tensor]]:
         remedy = f"give the file {ggufs[0]} itself" if ggufs else "it is no Hugging Face directory and no checkpoint"
         raise HypenetError(f"{directory} has no config.json; {remedy}")
     values = read_json(path)
+    if "model_type" not in values and (directory / "export" / "config.json").is_file():
+        raise HypenetError(f"{directory} is the work directory of a run; give its model, {directory / 'export'}")
     family = family_of(values, str(path))
     generation = directory / "generation_config.json"
     if generation.is_file():

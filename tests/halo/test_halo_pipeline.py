@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ import hypenet_jax as hn
 from hypenet_jax.cli import main
 from hypenet_jax.halo import pipeline
 from hypenet_jax.halo.workdir import read_json
+from hypenet_jax.parallel.mesh import make_mesh
 
 STEPS = ("align", "select", "distill", "finetune", "fit-scale", "export", "evaluate")
 STAGES = ("align", "distill", "finetune")
@@ -119,8 +122,6 @@ def test_given_layers_need_no_measurement(convert_config, tmp_path, monkeypatch,
 
 def test_new_measurements_of_a_finished_run(finished, convert_config, tmp_path, contents):
     """`evaluate` may change; what was trained stays."""
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     flags = ["--set", "evaluate.lengths=[480]", "--set", "evaluate.samples=1", "--set", "evaluate.prompts=[]"]
@@ -129,6 +130,18 @@ def test_new_measurements_of_a_finished_run(finished, convert_config, tmp_path, 
     assert {row["length"] for model in found["models"].values() for row in model["niah"]} == {480}
     assert found["samples"] == []
     assert contents(copy / "finetune") == contents(finished / "finetune")
+
+
+def test_a_run_goes_on_with_other_devices(finished, convert_config, tmp_path, stage_records, monkeypatch):
+    """Aligned on one device, distilled over four, which is what a config without a mesh means where there are four."""
+    asked = []
+    monkeypatch.setattr(pipeline, "make_mesh", lambda axes: asked.append(axes) or make_mesh(axes, jax.devices()[:4]))
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & {"distill", "finetune", "export", "eval.json"})
+    assert main(["distill", "--config", str(convert_config), "--workdir", str(copy)]) == 0
+    assert asked == [None]
+    for got, wanted in zip(stage_records(copy / "distill"), stage_records(finished / "distill"), strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
 
 
 def test_the_workdir_stays_where_it_was_put(finished):
