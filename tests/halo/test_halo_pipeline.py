@@ -59,6 +59,13 @@ def test_the_export_loads_and_computes_the_same(finished):
     assert np.abs(np.asarray(got) - np.asarray(unscaled)).max() > 0
 
 
+def test_generate_from_the_export_and_not_from_the_run(finished, capsys):
+    assert main(["generate", str(finished / "export"), "--prompt", "One of", "--max-new-tokens", "5"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(finished), "--prompt", "One of"]) == 2
+    assert f"is the work directory of a run; give its model, {finished / 'export'}" in capsys.readouterr().err
+
+
 def test_again_nothing_is_trained(finished, convert_config, contents, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "_measure", lambda run: pytest.fail("measured again"))
     before = contents(finished)
