@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from hypenet_jax.model import mixers
 from hypenet_jax.model.config import ModelConfig
@@ -61,7 +62,7 @@ def forward(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None,
     *,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     mix: Mix | None = None,
     hype_a: jax.Array | None = None,
@@ -90,7 +91,7 @@ def forward(
     return rms_norm(x_BTD, params["final_norm"], config.norm_eps)
 
 
-def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> dict:
+def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> dict:
     """{"length": int32 [B], "layers": one entry a layer}: keys and values by slot, or a recurrent state."""
     layers = tuple(mixers.BY_NAME[mixer].init_cache(config, batch, max_len, dtype) for mixer in config.mixers)
     return {"length": jnp.zeros((batch,), jnp.int32), "layers": layers}
@@ -103,7 +104,7 @@ def step(
     cache: dict,
     valid_BT: jax.Array | None = None,
     *,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, dict]:
     """Append T tokens to each row's cached sequence: a chunk of a prompt, or one decoded token.
 
