@@ -1,0 +1,59 @@
+"""Pallas across the versions of JAX that we support (0.10 to 0.12): every `pallas_call` of the package is made here.
+
+Without compiler parameters, `pallas_call` on a GPU means Mosaic GPU in JAX 0.10 and Triton from 0.11 on; so they are
+always passed. JAX 0.12 warns that the Triton lowering is deprecated; `lightning.jax_triton` is the way out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as pltriton
+
+
+def platform() -> str:
+    """What the computation being traced will run on: "cpu", "gpu" or "tpu".
+
+    The abstract mesh in force decides (a machine that is not here is compiled for under `jax.set_mesh` or
+    `use_abstract_mesh`), then the default device, then the default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if default is None:
+        return jax.default_backend()
+    return default if isinstance(default, str) else default.platform
+
+
+def triton_call(
+    kernel: Callable[..., None], *, num_warps: int, num_stages: int, interpret: bool = False, **arguments: Any
+) -> Callable[..., Any]:
+    """`pallas_call` through the Triton lowering; `interpret` runs it anywhere, slowly."""
+    parameters = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    call = pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
+
+    def quiet(*operands: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
+            return call(*operands)
+
+    return quiet
+
+
+def tpu_call(
+    kernel: Callable[..., None],
+    *,
+    dimension_semantics: Sequence[Literal["parallel", "arbitrary"]],
+    vmem_limit_bytes: int | None = None,
+    interpret: Any = False,
+    **arguments: Any,
+) -> Callable[..., Any]:
+    """`pallas_call` through Mosaic TPU; `interpret` is False, True or `pltpu.InterpretParams`."""
+    parameters = pltpu.CompilerParams(dimension_semantics=dimension_semantics, vmem_limit_bytes=vmem_limit_bytes)
+    return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
