@@ -1,12 +1,11 @@
 """Pallas across the versions of JAX that we support (0.10 to 0.12): every `pallas_call` of the package is made here.
 
 Without compiler parameters, `pallas_call` on a GPU means Mosaic GPU in JAX 0.10 and Triton from 0.11 on; so they are
-always passed. JAX 0.12 warns that the Triton lowering is deprecated; `lightning.jax_triton` is the way out.
+always passed. JAX has announced the end of its Triton lowering; `lightning.jax_triton` is the way out.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -36,14 +35,7 @@ def triton_call(
 ) -> Callable[..., Any]:
     """`pallas_call` through the Triton lowering; `interpret` runs it anywhere, slowly."""
     parameters = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    call = pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
-
-    def quiet(*operands: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
-            return call(*operands)
-
-    return quiet
+    return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
 
 
 def tpu_call(
