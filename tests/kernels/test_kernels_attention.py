@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.attention import api, attention, cached_attention, xla
+from kernels_pallas.attention import attention, cached_attention, xla
 from kernels_pallas.selfcheck import relative_error
 
-BACKENDS, CACHED_BACKENDS = sorted(api.BACKENDS), sorted(api.CACHED_BACKENDS)
+BACKENDS = CACHED_BACKENDS = ["reference", "xla"]  # those that run anywhere
 FLOAT32, BFLOAT16 = 1e-5, 6e-3
 
 
@@ -218,5 +218,5 @@ def test_mistakes_are_named():
         attention(q, k, v, logit_scale_T=jnp.ones(8))
     with pytest.raises(ValueError, match="q_positions_BT has shape"):
         cached_attention(q, k, v, jnp.zeros((2, 8), jnp.int32))
-    with pytest.raises(ValueError, match="known: auto, xla, reference"):
+    with pytest.raises(ValueError, match="known: auto, .*xla, reference"):
         attention(q, k, v, backend="flash")

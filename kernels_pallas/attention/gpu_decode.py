@@ -1,0 +1,216 @@
+"""Attention of a few queries to a long cache on a GPU: its keys are split over the chip (Pallas, Triton lowering).
+
+Each program takes one kv head and one share of the keys its row of the batch really has, and reads them once for all
+the query heads and queries that look at them (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+It leaves an unnormalised float32 output, its largest score and its sum of weights; a second kernel merges the shares.
+
+The bytes of the cache are the floor: everything else is to stay out of their way. Programs that run side by side read
+neighbouring heads of the same slots, so that DRAM pages are used whole.
+
+Axes: R rows (query t, head g of the group: r = t * G + g, padded to a multiple of 16 for the tensor cores), J keys of
+a block, N splits.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from kernels_pallas import compat
+from kernels_pallas.dispatch import Backend
+
+NOTHING = -1e30  # below every score, and finite: a row that sees nothing must not make inf - inf
+LOG2_E = 1.4426950408889634
+MAX_ROWS = 64  # T * G beyond this would spill; so many queries are better off in the kernel for sequences
+
+
+class Tiles(NamedTuple):
+    """Sizes of the kernel. `splits` None: whole waves of programs on an H100's 132 multiprocessors."""
+
+    keys: int
+    num_warps: int
+    num_stages: int
+    splits: int | None = None
+
+
+def cached_attention(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    q_positions_BT: jax.Array,
+    *,
+    scale: float,
+    logit_scale: jax.Array | None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `api.cached_attention`. `tiles` None chooses by shape and dtype; at most `MAX_ROWS` queries times heads."""
+    if logit_scale is not None:
+        logit_scale = jnp.broadcast_to(logit_scale.astype(jnp.float32), q_BTHD.shape[:2])
+    tiles = tiles or tiles_for(q_BTHD, k_BSKD)
+    splits = tiles.splits or splits_for(tiles, q_BTHD.shape[0] * k_BSKD.shape[2], k_BSKD.shape[1])
+    return _cached(tiles, splits, scale, interpret, q_BTHD, k_BSKD, v_BSKD, q_positions_BT, logit_scale)
+
+
+def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiles:
+    """Block sizes by the bytes of a block of keys, so that three stages also fit in an Ada card's 100 KB."""
+    width = pl.next_power_of_2(max(16, k_BSKD.shape[3])) * k_BSKD.dtype.itemsize
+    return Tiles(keys=max(16, min(128, 16384 // width)), num_warps=4, num_stages=3)
+
+
+def splits_for(tiles: Tiles, pairs: int, slots: int) -> int:
+    """How many shares each of `pairs` (batch row, kv head) makes of its keys.
+
+    Two programs fit on a multiprocessor; of up to eight waves, the number that leaves the fewest places idle.
+    """
+    places, most = 2 * 132, max(1, slots // (4 * tiles.keys))
+    choices = [(waves, max(1, min(most, waves * places // pairs))) for waves in range(1, 9)]
+    return max(choices, key=lambda c: (round(c[1] * pairs / (c[0] * places), 2), -c[0]))[1]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _cached(tiles: Tiles, splits: int, scale: float, interpret: bool, q, k, v, positions_BT, logit_scale_BT):
+    (batch, length, heads), kv_heads, v_width = q.shape[:3], k.shape[2], v.shape[3]
+    partials = [
+        jax.ShapeDtypeStruct((batch, splits, length, heads, v_width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, splits, length, heads), jnp.float32),
+        jax.ShapeDtypeStruct((batch, splits, length, heads), jnp.float32),
+    ]
+    factors = () if logit_scale_BT is None else (logit_scale_BT,)
+    o, top, total = compat.triton_call(
+        partial(_share_kernel, block_keys=tiles.keys, splits=splits, scale=scale),
+        grid=(kv_heads, splits, batch),
+        out_shape=partials,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        interpret=interpret,
+        name="cached_attention",
+    )(q, k, v, positions_BT, *factors)
+    return compat.triton_call(
+        _merge_kernel,
+        grid=(heads, length, batch),
+        out_shape=jax.ShapeDtypeStruct((batch, length, heads, v_width), v.dtype),
+        num_warps=4,
+        num_stages=1,
+        interpret=interpret,
+        name="cached_attention_merge",
+    )(o, top, total)
+
+
+def _share_kernel(q_ref, k_ref, v_ref, positions_ref, *refs, block_keys: int, splits: int, scale: float):
+    *factor_refs, o_ref, top_ref, total_ref = refs
+    (_, length, heads, width), (_, slots, kv_heads, v_width) = q_ref.shape, v_ref.shape
+    head, split, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    group, dtype = heads // kv_heads, jnp.result_type(q_ref, k_ref, v_ref)
+    dot = product(dtype)
+
+    r = jnp.arange(pl.next_power_of_2(max(16, length * group)))
+    real_R, t_R, h_R = r < length * group, r // group, head * group + r % group
+    position_R = pltriton.load(positions_ref.at[jnp.full_like(r, row), t_R], mask=real_R, other=-1)
+    factor_R = jnp.full(r.shape, scale * LOG2_E, jnp.float32)
+    if factor_refs:
+        factor_R *= pltriton.load(factor_refs[0].at[jnp.full_like(r, row), t_R], mask=real_R, other=1.0)
+    at, real_RD = places(row, t_R, h_R, width, real_R)
+    q_RD = pltriton.load(q_ref.at[at], mask=real_RD, other=0.0).astype(dtype)
+    # Scores are scaled in float32, after their running maximum is taken: factors must not be negative.
+    q_RD = jnp.where(factor_R < 0, -1.0, 1.0).astype(dtype)[:, None] * q_RD
+    factor_R = jnp.abs(factor_R)
+
+    seen = jnp.minimum(jnp.max(position_R) + 1, slots)
+    blocks = pl.cdiv(seen, block_keys)
+
+    def block(j, carry):
+        top_R, total_R, o_RD = carry
+        key_J = j * block_keys + jnp.arange(block_keys)
+        k_JD, v_JD = (
+            load_rows(ref, row, j * block_keys, block_keys, head, key_J < seen).astype(dtype) for ref in (k_ref, v_ref)
+        )
+        sees_RJ = key_J[None, :] <= position_R[:, None]
+        scores_RJ = jnp.where(sees_RJ, dot(q_RD, k_JD, 1, 1), NOTHING)
+        new_top_R = jnp.maximum(top_R, jnp.max(scores_RJ, axis=1))
+        shrink_R = jnp.exp2((top_R - new_top_R) * factor_R)
+        weights_RJ = jnp.where(sees_RJ, jnp.exp2((scores_RJ - new_top_R[:, None]) * factor_R[:, None]), 0.0)
+        total_R = total_R * shrink_R + jnp.sum(weights_RJ, axis=1)
+        o_RD = o_RD * shrink_R[:, None] + dot(weights_RJ.astype(dtype), v_JD, 1, 0)
+        return new_top_R, total_R, o_RD
+
+    v_columns = pl.next_power_of_2(max(16, v_width))
+    start = jnp.full(r.shape, NOTHING), jnp.zeros(r.shape), jnp.zeros((r.size, v_columns))
+    first, last = split * blocks // splits, (split + 1) * blocks // splits
+    top_R, total_R, o_RD = jax.lax.fori_loop(first, last, block, start)
+
+    at = (jnp.full_like(r, row), jnp.full_like(r, split), t_R, h_R)
+    pltriton.store(top_ref.at[at], jnp.where(total_R > 0, top_R * factor_R, NOTHING), mask=real_R)
+    pltriton.store(total_ref.at[at], total_R, mask=real_R)
+    at, real_RD = places((row, split), t_R, h_R, v_width, real_R)
+    pltriton.store(o_ref.at[at], o_RD, mask=real_RD)
+
+
+def _merge_kernel(o_ref, top_ref, total_ref, out_ref):
+    h, t, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    splits, width = o_ref.shape[1], o_ref.shape[4]
+    n = jnp.arange(pl.next_power_of_2(splits))
+    d = jnp.arange(pl.next_power_of_2(max(16, width)))
+    at, real_N = (row, leading(n.size, splits), t, h), n < splits
+    top_N = pltriton.load(top_ref.at[at], mask=real_N, other=NOTHING)
+    total_N = pltriton.load(total_ref.at[at], mask=real_N, other=0.0)
+    real_ND = real_N[:, None] & (d < width)[None, :]
+    o_ND = pltriton.load(o_ref.at[(*at, leading(d.size, width))], mask=real_ND, other=0.0)
+    share_N = jnp.exp2(top_N - jnp.max(top_N))
+    total = jnp.sum(share_N * total_N)
+    o_D = jnp.sum(share_N[:, None] * o_ND, axis=0) / jnp.where(total > 0, total, 1.0)
+    pltriton.store(out_ref.at[row, t, h, leading(d.size, width)], o_D.astype(out_ref.dtype), mask=d < width)
+
+
+def product(dtype):
+    """`dot(a, b, i, j)`: contracts axis i of a with axis j of b, float32 sums; float32 operands lose nothing."""
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    def dot(a, b, i, j):
+        dimensions = (((i,), (j,)), ((), ()))
+        return jax.lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
+
+    return dot
+
+
+def leading(size: int, axis: int):
+    """The first `size` places of an axis, for a masked load or store: there may be more of them than places."""
+    return pl.ds(0 if size <= axis else 0 * pl.program_id(0), size)  # JAX 0.12 refuses what it sees to be out of bounds
+
+
+def load_rows(ref, row, start, size: int, head, real_J):
+    """[size, D] of a [B,S,K,D] array, D padded to a power of two; rows that are not real, and the padding, are zero."""
+    width = ref.shape[3]
+    columns = pl.next_power_of_2(max(16, width))
+    real = real_J[:, None] if columns == width else real_J[:, None] & (jnp.arange(columns) < width)[None, :]
+    slices = ref.at[row, pl.ds(start, size), head, leading(columns, width)]
+    return pltriton.load(slices, mask=jnp.broadcast_to(real, (size, columns)), other=0.0)
+
+
+def places(row, t_R, h_R, width: int, real_R):
+    """Indices [R,D] of rows (t, h) of a [..., T,H,D] array, and which of them are real; D padded to a power of two."""
+    columns = jnp.arange(pl.next_power_of_2(max(16, width)))
+    shape = (t_R.size, columns.size)
+    row = row if isinstance(row, tuple) else (row,)
+    at = tuple(jnp.broadcast_to(x, shape) for x in (*row, t_R[:, None], h_R[:, None], columns[None, :]))
+    return at, jnp.broadcast_to(real_R[:, None] & (columns < width)[None, :], shape)
+
+
+def _refuses(*, q_BTHD, k_BSKD, v_BSKD) -> str | None:
+    if compat.platform() != "gpu":
+        return f"it runs on a GPU and this is {compat.platform()}"
+    for name, x in (("q", q_BTHD), ("k", k_BSKD), ("v", v_BSKD)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}, and it takes float32 and bfloat16"
+        if x.shape[3] > 256:
+            return f"{name} is {x.shape[3]} wide, and it goes to 256"
+    rows = q_BTHD.shape[1] * q_BTHD.shape[2] // k_BSKD.shape[2]
+    return None if rows <= MAX_ROWS else f"{rows} queries times heads look at one kv head, and it takes {MAX_ROWS}"
+
+
+CACHED_BACKEND = Backend("gpu", cached_attention, _refuses)
