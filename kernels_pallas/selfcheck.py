@@ -20,6 +20,7 @@ from kernels_pallas.lightning import api as lightning
 
 # Norm of the error over the norm of the reference; bfloat16 rounds operands and results (2^-9 at most each).
 TOLERANCES = {"float32": 1e-5, "bfloat16": 6e-3}
+CANCELLATION = 4
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Case:
     function: Callable[..., Any]
     inputs: dict[str, jax.Array]
     float32_only: tuple[str, ...] = ()
+    cancelling: tuple[str, ...] = ()  # results that are small differences of sums: CANCELLATION times the tolerance
 
 
 def selfcheck(kernels: Collection[str] | None = None, seed: int = 0) -> list[Row]:
@@ -80,7 +82,8 @@ def _check(case: Case) -> Iterator[Row]:
                 continue
             for what, value in results.items():
                 error = relative_error(value, expected[what])
-                yield Row(case.kernel, name, f"{dtype}: {what}", error, tolerance, error <= tolerance)
+                allowed = tolerance * (CANCELLATION if what in case.cancelling else 1)
+                yield Row(case.kernel, name, f"{dtype}: {what}", error, allowed, error <= allowed)
 
 
 def _results(case: Case, backend: str, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -97,7 +100,7 @@ def _results(case: Case, backend: str, inputs: dict[str, jax.Array]) -> dict[str
 
 
 def _cases(rng: np.random.Generator) -> list[Case]:
-    return [_lightning(rng), _attention(rng), _cached(rng), _kl(rng), _cross_entropy(rng)]
+    return [_lightning(rng), _simple_gla(rng), _attention(rng), _cached(rng), _kl(rng), _cross_entropy(rng)]
 
 
 def _random(rng: np.random.Generator, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -123,6 +126,18 @@ def _lightning(rng: np.random.Generator) -> Case:
         return lightning.lightning_attention(q, k, v, lightning.slopes(heads), **options)
 
     return Case("lightning_attention", lightning.BACKENDS, function, inputs, ("initial_state",))
+
+
+def _simple_gla(rng: np.random.Generator) -> Case:
+    batch, length, heads, width = 2, 200, 3, 64
+    tokens = (batch, length, heads, width)
+    inputs = _random(rng, q=tokens, k=tokens, v=tokens, log_decay=tokens[:3])
+    inputs["log_decay"] = -jnp.abs(inputs["log_decay"])
+
+    def function(backend, q, k, v, log_decay):
+        return lightning.simple_gla(q, k, v, log_decay, segment_ids=_segments(batch, length), backend=backend)
+
+    return Case("simple_gla", lightning.BACKENDS, function, inputs, ("log_decay",), ("d log_decay",))
 
 
 def _attention(rng: np.random.Generator) -> Case:

@@ -1,5 +1,5 @@
-"""Lightning Attention: linear attention with one fixed decay a head."""
+"""Linear attention with scalar decay: one fixed rate a head (Lightning), or one a token and head (simple GLA)."""
 
-from kernels_pallas.lightning.api import lightning_attention, lightning_decode_step, slopes
+from kernels_pallas.lightning.api import lightning_attention, lightning_decode_step, simple_gla, slopes
 
-__all__ = ["lightning_attention", "lightning_decode_step", "slopes"]
+__all__ = ["lightning_attention", "lightning_decode_step", "simple_gla", "slopes"]

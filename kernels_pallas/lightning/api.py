@@ -1,4 +1,4 @@
-"""The public functions of the Lightning recurrence."""
+"""The public functions of linear attention with scalar decay."""
 
 from __future__ import annotations
 
@@ -66,15 +66,53 @@ def lightning_attention(
       ValueError: shapes disagree, or no backend (or not the named one) supports the call.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, slopes_H, initial_state, segment_ids)
-    if precision not in ("default", "high"):
-        raise ValueError(f'precision is {precision!r} but must be "default" or "high"')
-    call = {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV, "segment_ids": segment_ids}
+    _check_precision(precision)
+    call = {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV}
     chosen = dispatch.choose("lightning_attention", BACKENDS, backend, call)
     return chosen.function(
         q_BTHK,
         k_BTHK,
         v_BTHV,
-        slopes_H,
+        slopes_H=slopes_H,
+        scale=q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        precision=precision,
+    )
+
+
+def simple_gla(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    log_decay_BTH: jax.Array,
+    *,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    precision: str = "default",
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`lightning_attention` with a decay of its own for every token and head (simple GLA; Mamba-2's recurrence).
+
+    `S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t` and `o_t = scale * q_t S_t`. Differentiable in the decays too.
+
+    Args:
+      log_decay_BTH: float32, each <= 0. The decay at padding is not used, nor that at a document's first token unless
+        an initial state comes before it.
+      the others: as in `lightning_attention`, and so are the results and errors.
+    """
+    _check(q_BTHK, k_BTHK, v_BTHV, None, initial_state, segment_ids)
+    if log_decay_BTH.shape != q_BTHK.shape[:3]:
+        raise ValueError(f"log_decay_BTH has shape {log_decay_BTH.shape} but must be {q_BTHK.shape[:3]} (B,T,H)")
+    _check_precision(precision)
+    call = {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV}
+    chosen = dispatch.choose("simple_gla", BACKENDS, backend, call)
+    return chosen.function(
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        log_decay_BTH=log_decay_BTH,
         scale=q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),
         initial_state=initial_state,
         segment_ids=segment_ids,
@@ -112,7 +150,7 @@ def _check(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHV: jax.Array,
-    slopes_H: ArrayLike,
+    slopes_H: ArrayLike | None,
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
 ) -> None:
@@ -124,10 +162,15 @@ def _check(
     batch, length, heads, width = q_BTHK.shape
     if min(q_BTHK.shape) < 1 or v_BTHV.shape[-1] < 1:
         raise ValueError(f"q, v have shapes {q_BTHK.shape}, {v_BTHV.shape} but no axis may be empty")
-    if np.shape(slopes_H) != (heads,):
+    if slopes_H is not None and np.shape(slopes_H) != (heads,):
         raise ValueError(f"slopes have shape {np.shape(slopes_H)} but q has {heads} heads")
     state = (batch, heads, width, v_BTHV.shape[-1])
     if initial_state is not None and initial_state.shape != state:
         raise ValueError(f"initial_state has shape {initial_state.shape} but must be {state} (B,H,K,V)")
     if segment_ids is not None and segment_ids.shape != (batch, length):
         raise ValueError(f"segment_ids have shape {segment_ids.shape} but must be {(batch, length)} (B,T)")
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in ("default", "high"):
+        raise ValueError(f'precision is {precision!r} but must be "default" or "high"')

@@ -1,4 +1,4 @@
-"""The Lightning recurrence one token at a time: slow, and obviously right."""
+"""The recurrence one token at a time: slow, and obviously right."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from jax.typing import ArrayLike
 from kernels_pallas.dispatch import Backend
 
 
-def lightning_attention(
+def recurrence(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHV: jax.Array,
-    slopes_H: ArrayLike,
     *,
+    slopes_H: ArrayLike | None = None,
+    log_decay_BTH: jax.Array | None = None,
     scale: float,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    precision: str,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    precision: str = "default",
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.lightning_attention`. Float32 throughout (float64 for float64 inputs), whatever `precision` says."""
-    del precision
+    """See `api`. Float32 throughout (float64 for float64 inputs), whatever `precision` says."""
+    del precision, interpret
     dtype = jnp.promote_types(jnp.result_type(q_BTHK, k_BTHK, v_BTHV), jnp.float32)
-    decay_H11 = jnp.exp(-jax.lax.stop_gradient(jnp.asarray(slopes_H, dtype)))[:, None, None]
+    if log_decay_BTH is None:
+        log_decay_BTH = -jax.lax.stop_gradient(jnp.asarray(slopes_H, dtype))
+    decay_BTH = jnp.broadcast_to(jnp.exp(log_decay_BTH.astype(dtype)), q_BTHK.shape[:3])
     # Made from the inputs: inside shard_map the scan's carry must vary over the same mesh axes as they do.
     if initial_state is None:
         initial_state = jnp.zeros_like(q_BTHK[:, 0, :, :, None] * v_BTHV[:, 0, :, None, :], dtype)
@@ -33,10 +37,10 @@ def lightning_attention(
 
     def token(carry, x):
         state, last_id, begun = carry
-        q_BHK, k_BHK, v_BHV, id_B = x
+        q_BHK, k_BHK, v_BHV, decay_BH, id_B = x
         real = id_B >= 0
         resets = real & begun & (id_B != last_id)
-        kept = jnp.where(resets[:, None, None, None], 0.0, decay_H11 * state)
+        kept = jnp.where(resets[:, None, None, None], 0.0, decay_BH[..., None, None] * state)
         written = kept + k_BHK[..., :, None] * v_BHV[..., None, :]
         state = jnp.where(real[:, None, None, None], written, state)
         o_BHV = scale * jnp.sum(q_BHK[..., :, None] * state, axis=-2)
@@ -44,9 +48,9 @@ def lightning_attention(
         return (state, jnp.where(real, id_B, last_id), begun | real), o_BHV
 
     start = (initial_state.astype(dtype), first_id, first_id > 0)
-    tokens = [jnp.swapaxes(x.astype(dtype), 0, 1) for x in (q_BTHK, k_BTHK, v_BTHV)]
+    tokens = [jnp.swapaxes(x.astype(dtype), 0, 1) for x in (q_BTHK, k_BTHK, v_BTHV, decay_BTH)]
     (state, _, _), o_TBHV = jax.lax.scan(token, start, (*tokens, segment_ids.T))
     return jnp.swapaxes(o_TBHV, 0, 1).astype(v_BTHV.dtype), state
 
 
-BACKEND = Backend("reference", lightning_attention, lambda **call: None)
+BACKEND = Backend("reference", recurrence, lambda **call: None)

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kernels_pallas.lightning import api, lightning_attention, lightning_decode_step, slopes, xla
+from kernels_pallas.lightning.recurrence import Passes, backend_function
 from kernels_pallas.selfcheck import relative_error
 
 BACKENDS = sorted(api.BACKENDS)
@@ -263,9 +264,10 @@ def test_slopes_of_any_number_of_heads():
 def test_the_chunk_does_not_change_the_result(chunk):
     shape = (2, 75, 3, 8, 5)
     (q, k, v, state), _ = _inputs(shape)
-    options = {"scale": 1.0, "initial_state": state, "precision": "default", "segment_ids": _segments(shape)}
-    expected = api.BACKENDS["reference"].function(q, k, v, slopes(3), **options)
-    results = xla.lightning_attention(q, k, v, slopes(3), chunk=chunk, **options)
+    options = {"slopes_H": slopes(3), "scale": 1.0, "initial_state": state, "segment_ids": _segments(shape)}
+    expected = api.BACKENDS["reference"].function(q, k, v, **options)
+    passes = Passes(*(functools.partial(x, chunk=chunk) for x in (xla.forward, xla.backward)))
+    results = backend_function(passes)(q, k, v, **options)
     for value, right in zip(results, expected, strict=True):
         assert relative_error(value, right) <= FLOAT32
 

@@ -1,0 +1,311 @@
+"""The Lightning recurrence as Mosaic TPU kernels: one pass over the tokens, the state in VMEM.
+
+Three sweeps over chunks of 128 tokens, with the mathematics of `marks`: o forwards; dq forwards, which recomputes the
+states; dk, dv and the initial state's gradient backwards. No state goes through HBM, so a forward moves 4 tensors and a
+backward 10. Each grid step is one row, one head and some chunks; the grid's last axis runs in order.
+
+Without marks one decay table serves every chunk of a head: it is built at the head's first step and kept in VMEM. The
+last step may have tokens beyond the end, where memory holds anything; it takes the marked path, with marks that it
+makes itself.
+
+Arrays are [B,H,T,D] here. XLA lets the producers write that order, so the transpose costs nothing inside a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import compat
+from kernels_pallas.dispatch import Backend
+from kernels_pallas.lightning.marks import Decay, Marks, marks
+from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
+
+CHUNK = 128
+CHUNKS_A_STEP = 8
+READS, WRITES, KEEPS, FLAG_BITS = 1, 2, 4, 3
+WIDEST = 256
+
+
+class Tables(NamedTuple):
+    """The decays of one chunk (module docstring of `marks`); the output's scale is in `intra` and `read`."""
+
+    intra_CC: jax.Array  # D, or its transpose where the sweep wants that
+    read_C1: jax.Array
+    write_C1: jax.Array
+    keep_11: jax.Array
+
+
+class Sweep(NamedTuple):
+    """One kernel: `step(dot, state, tables, *inputs)` gives the state after a chunk and the chunk's outputs."""
+
+    name: str
+    step: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+    backwards: bool
+    transposed: bool  # `step` wants the table D transposed
+    gives_state: bool
+    products: int  # matrix products of 128 x K x V a chunk, for the cost estimate
+
+
+class Plan(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    sweep: Sweep
+    length: int
+    chunks: int  # a grid step
+    scale: float
+    dtype: Any  # of the operands of matrix products
+    marked: bool
+
+
+def _output_step(dot, state_KV, tables: Tables, q, k, v):
+    dtype = q.dtype
+    scores = (dot(q, k, 1, 1) * tables.intra_CC).astype(dtype)
+    o = dot(scores, v, 1, 0) + tables.read_C1 * dot(q, state_KV.astype(dtype), 1, 0)
+    written = dot((k * tables.write_C1).astype(dtype), v, 0, 0)
+    return tables.keep_11 * state_KV + written, (o,)
+
+
+def _dq_step(dot, state_KV, tables: Tables, k, v, do):
+    dtype = k.dtype
+    dscores = (dot(do, v, 1, 1) * tables.intra_CC).astype(dtype)
+    dq = dot(dscores, k, 1, 0) + tables.read_C1 * dot(do, state_KV.astype(dtype), 1, 1)
+    written = dot((k * tables.write_C1).astype(dtype), v, 0, 0)
+    return tables.keep_11 * state_KV + written, (dq,)
+
+
+def _dkv_step(dot, dstate_KV, tables: Tables, q, k, v, do):
+    """`dstate_KV` is the gradient in the state after the chunk, then in the one before. The table is transposed."""
+    dtype = q.dtype
+    scores = (dot(k, q, 1, 1) * tables.intra_CC).astype(dtype)
+    dscores = (dot(v, do, 1, 1) * tables.intra_CC).astype(dtype)
+    ds = dstate_KV.astype(dtype)
+    dk = dot(dscores, q, 1, 0) + tables.write_C1 * dot(v, ds, 1, 1)
+    dv = dot(scores, do, 1, 0) + tables.write_C1 * dot(k, ds, 1, 0)
+    read = dot((q * tables.read_C1).astype(dtype), do, 0, 0)
+    return tables.keep_11 * dstate_KV + read, (dk, dv)
+
+
+OUTPUT = Sweep("lightning_forward", _output_step, False, False, True, 4)
+DQ = Sweep("lightning_dq", _dq_step, False, False, False, 4)
+DKV = Sweep("lightning_dkv", _dkv_step, True, True, True, 7)
+
+
+def _dot(a, b, contract_a: int, contract_b: int):
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _plain_intra(plan: Plan, slope):
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+    lag = (column - row if plan.sweep.transposed else row - column).astype(jnp.float32)
+    return jnp.where(lag >= 0, plan.scale * jnp.exp(-slope * jnp.maximum(lag, 0.0)), 0.0)
+
+
+def _plain_tables(plan: Plan, slope, intra_CC) -> Tables:
+    """The tables of a chunk of one document without padding."""
+    place = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, 1), 0).astype(jnp.float32)
+    read, write = plan.scale * jnp.exp(-slope * (place + 1)), jnp.exp(-slope * (CHUNK - 1 - place))
+    return Tables(intra_CC, read, write, jnp.exp(-slope * jnp.full((1, 1), CHUNK, jnp.float32)))
+
+
+def _tail_marks(slope, left):
+    """Marks of a chunk with `left` tokens before the row's end (any integer): lag and flags [1,C]."""
+    place = jax.lax.broadcasted_iota(jnp.int32, (1, CHUNK), 1)
+    count = jnp.minimum(place + 1, jnp.maximum(left, 0)).astype(jnp.float32)
+    return slope * count, jnp.where(place < left, READS | WRITES | KEEPS, KEEPS - (1 << FLAG_BITS))
+
+
+def _marked_tables(plan: Plan, lag_1C, flags_1C) -> tuple[Tables, jax.Array]:
+    """The tables of any chunk, and which tokens are real [C,1]."""
+    square = (CHUNK, CHUNK)
+    across, down = jnp.broadcast_to(lag_1C, square), jnp.broadcast_to(lag_1C, square).T
+    flags_across, flags_down = jnp.broadcast_to(flags_1C, square), jnp.broadcast_to(flags_1C, square).T
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, square, axis) for axis in (0, 1))
+    lag, causal = (across - down, column >= row) if plan.sweep.transposed else (down - across, row >= column)
+    document = flags_down >> FLAG_BITS
+    seen = causal & (document == flags_across >> FLAG_BITS) & (document >= 0)
+    intra = jnp.where(seen, plan.scale * jnp.exp(-jnp.maximum(lag, 0.0)), 0.0)
+    total_11, lag_C1, flags_C1 = lag_1C[:, CHUNK - 1 :], down[:, :1], flags_down[:, :1]
+    read = jnp.where(flags_C1 & READS > 0, plan.scale * jnp.exp(-lag_C1), 0.0)
+    write = jnp.where(flags_C1 & WRITES > 0, jnp.exp(-(total_11 - lag_C1)), 0.0)
+    keep = jnp.where(flags_1C[:, :1] & KEEPS > 0, jnp.exp(-total_11), 0.0)
+    return Tables(intra, read, write, keep), flags_C1 >= 0
+
+
+def _kernel(plan: Plan, inputs: int, *refs) -> None:
+    """Refs: the decay (slopes in SMEM, or lag and flags), `inputs` token blocks, the state before, outputs, scratch."""
+    *refs, state_ref, intra_ref = refs
+    decay_refs, refs = (refs[:2], refs[2:]) if plan.marked else (refs[:1], refs[1:])
+    input_refs, start_ref, outputs = refs[:inputs], refs[inputs], refs[inputs + 1 :]
+    step, steps = pl.program_id(2), pl.num_programs(2)
+    block = steps - 1 - step if plan.sweep.backwards else step
+    slope = None if plan.marked else decay_refs[0][pl.program_id(1)]
+
+    @pl.when(step == 0)
+    def _():
+        state_ref[...] = start_ref[0, 0]
+        if not plan.marked:
+            intra_ref[...] = _plain_intra(plan, slope)
+
+    def chunk(c: int, tables: Tables, real_C1) -> None:
+        rows = slice(c * CHUNK, (c + 1) * CHUNK)
+        values = [ref[0, 0, rows, :].astype(plan.dtype) for ref in input_refs]
+        if real_C1 is not None:
+            # Where a token is not real its memory may hold anything, and 0 * NaN is NaN.
+            values = [jnp.where(real_C1, x.astype(jnp.float32), 0.0).astype(plan.dtype) for x in values]
+        state_ref[...], results = plan.sweep.step(_dot, state_ref[...], tables, *values)
+        for ref, result in zip(outputs, results, strict=False):
+            ref[0, 0, rows, :] = result.astype(ref.dtype)
+
+    def plain() -> None:
+        tables = _plain_tables(plan, slope, intra_ref[...])
+        for c in order:
+            chunk(c, tables, None)
+
+    def tail() -> None:
+        for c in order:
+            left = plan.length - (block * plan.chunks + c) * CHUNK
+            chunk(c, *_marked_tables(plan, *_tail_marks(slope, left)))
+
+    def marked() -> None:
+        lag_ref, flags_ref = decay_refs
+        for c in order:
+            chunk(c, *_marked_tables(plan, lag_ref[0, 0, c : c + 1, :], flags_ref[0, c : c + 1, :]))
+
+    order = range(plan.chunks)[:: -1 if plan.sweep.backwards else 1]
+    if plan.marked:
+        marked()
+    elif plan.length % (plan.chunks * CHUNK) == 0:
+        plain()
+    else:
+        pl.when(block < steps - 1)(plain)
+        pl.when(block == steps - 1)(tail)
+    if plan.sweep.gives_state:
+
+        @pl.when(step == steps - 1)
+        def _():
+            outputs[-1][0, 0] = state_ref[...]
+
+
+def _sweep(sweep: Sweep, options: Options, chunks, decay, inputs: Sequence[jax.Array], state, outs: Sequence[Any]):
+    """Runs a sweep on arrays [B,H,T,D]; `outs` are (width, dtype) of the outputs."""
+    batch, heads, length = inputs[0].shape[:3]
+    chunks = min(chunks, -(-length // CHUNK))
+    steps, tokens = -(-length // (chunks * CHUNK)), chunks * CHUNK
+    dtype = jnp.float32 if options.high else jnp.result_type(*inputs)
+    plan = Plan(sweep, length, chunks, options.scale, dtype, isinstance(decay, tuple))
+
+    def at(t):
+        return steps - 1 - t if sweep.backwards else t
+
+    def by_token(width):
+        return pl.BlockSpec((1, 1, tokens, width), lambda b, h, t: (b, h, at(t), 0))
+
+    by_head = pl.BlockSpec((1, 1, *state.shape[2:]), lambda b, h, t: (b, h, 0, 0))
+    if plan.marked:
+        decays, decay_specs = _marked_operands(decay, chunks, at)
+    else:
+        decays, decay_specs = (decay,), [pl.BlockSpec(memory_space=pltpu.SMEM)]
+    operands = (*decays, *inputs, state)
+    out_specs, out_shape = [], []
+    for width, out_dtype in outs:
+        out_specs.append(by_token(width))
+        out_shape.append(compat.struct((batch, heads, length, width), out_dtype, operands))
+    if sweep.gives_state:
+        out_specs.append(by_head)
+        out_shape.append(compat.struct(state.shape, jnp.float32, operands))
+    moved = sum(x.size * x.dtype.itemsize for x in (*operands, *out_shape))
+    flops = 2 * batch * heads * length * sweep.products * state.shape[2] * state.shape[3]
+    return compat.tpu_call(
+        partial(_kernel, plan, len(inputs)),
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        interpret=options.interpret,
+        grid=(batch, heads, steps),
+        in_specs=[*decay_specs, *(by_token(x.shape[-1]) for x in inputs), by_head],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM(state.shape[2:], jnp.float32), pltpu.VMEM((CHUNK, CHUNK), jnp.float32)],
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
+        name=sweep.name,
+    )(*operands)
+
+
+def _marked_operands(decay: tuple[jax.Array, jax.Array], chunks: int, at):
+    """Lag [b,h,N,C] and flags [b,N,C] filled up to whole steps with padding, and their blocks."""
+    lag, flags = decay
+    fill = -flags.shape[1] % chunks
+    lag = jnp.pad(lag, ((0, 0), (0, 0), (0, fill), (0, 0)))
+    flags = jnp.pad(flags, ((0, 0), (0, fill), (0, 0)), constant_values=KEEPS - (1 << FLAG_BITS))
+    rows, heads, rows_too = lag.shape[0] > 1, lag.shape[1] > 1, flags.shape[0] > 1
+    return (lag, flags), [
+        pl.BlockSpec((1, 1, chunks, CHUNK), lambda b, h, t: (b * rows, h * heads, at(t), 0)),
+        pl.BlockSpec((1, chunks, CHUNK), lambda b, h, t: (b * rows_too, at(t), 0)),
+    ]
+
+
+def _flags(chunk_marks: Marks) -> jax.Array:
+    """One int32 [b,N,C] of a token's document and of what it does with the state."""
+    document, state = chunk_marks.document_bNC, chunk_marks.state_bN1[..., None]
+    before, after = state[:, :-1], state[:, 1:]
+    flags = READS * (document == before) + WRITES * (document == after) + KEEPS * (before == after)
+    return (document << FLAG_BITS) + flags
+
+
+def _decay(decay: Decay, length: int, segment_ids):
+    """The slopes where they are all that matters, else (lag, flags)."""
+    if segment_ids is None and decay.log_decay_BTH is None:
+        return jnp.asarray(decay.slopes_H, jnp.float32)
+    chunk_marks = marks(decay, CHUNK, length, segment_ids)
+    return chunk_marks.lag_bhNC, _flags(chunk_marks)
+
+
+def _head_major(x_BTHD: jax.Array) -> jax.Array:
+    return x_BTHD.swapaxes(1, 2)
+
+
+def _forward(chunks: int, options: Options, q, k, v, decay: Decay, state, segment_ids):
+    decays = _decay(decay, q.shape[1], segment_ids)
+    inputs = [_head_major(x) for x in (q, k, v)]
+    o, state = _sweep(OUTPUT, options, chunks, decays, inputs, state, [(v.shape[-1], v.dtype)])
+    return _head_major(o), state, None
+
+
+def _backward(chunks: int, options: Options, q, k, v, decay: Decay, state, segment_ids, saved, do, dstate):
+    del saved
+    decays = _decay(decay, q.shape[1], segment_ids)
+    do = do.astype(v.dtype)
+    dstate = dstate.astype(jnp.float32)
+    q_dtype, k_dtype, v_dtype = q.dtype, k.dtype, v.dtype
+    q, k, v, do = (_head_major(x) for x in (q, k, v, do))
+    (dq,) = _sweep(DQ, options, chunks, decays, [k, v, do], state, [(q.shape[-1], q_dtype)])
+    outs = [(k.shape[-1], k_dtype), (v.shape[-1], v_dtype)]
+    dk, dv, dstate = _sweep(DKV, options, chunks, decays, [q, k, v, do], dstate, outs)
+    return _head_major(dq), _head_major(dk), _head_major(dv), dstate
+
+
+def passes(chunks: int = CHUNKS_A_STEP) -> Passes:
+    """The kernels with so many chunks a grid step."""
+    return Passes(partial(_forward, chunks), partial(_backward, chunks))
+
+
+def _refuses(*, q_BTHK, k_BTHK, v_BTHV, **call) -> str | None:
+    del call
+    if compat.platform() != "tpu":
+        return f"it runs on TPU and this is {compat.platform()}"
+    for name, x in (("q", q_BTHK), ("k", k_BTHK), ("v", v_BTHV)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}, and it accumulates in float32 from float32 or bfloat16 only"
+        if x.shape[-1] > WIDEST:
+            return f"{name} has heads of width {x.shape[-1]}, and its state fits in VMEM up to {WIDEST}"
+    return None
+
+
+BACKEND = Backend("tpu", backend_function(passes()), _refuses)
