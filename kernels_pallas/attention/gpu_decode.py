@@ -168,8 +168,13 @@ def _merge_kernel(o_ref, top_ref, total_ref, out_ref):
 
 
 def product(dtype):
-    """`dot(a, b, i, j)`: contracts axis i of a with axis j of b, float32 sums; float32 operands lose nothing."""
-    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    """`dot(a, b, i, j)`: contracts axis i of a with axis j of b, float32 sums; float32 operands lose almost nothing."""
+    if dtype != jnp.float32:
+        exact = None
+    elif compat.platform() == "gpu":
+        exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    else:
+        exact = jax.lax.Precision.HIGHEST
 
     def dot(a, b, i, j):
         dimensions = (((i,), (j,)), ((), ()))
@@ -180,7 +185,7 @@ def product(dtype):
 
 def leading(size: int, axis: int):
     """The first `size` places of an axis, for a masked load or store: there may be more of them than places."""
-    return pl.ds(0 if size <= axis else 0 * pl.program_id(0), size)  # JAX 0.12 refuses what it sees to be out of bounds
+    return pl.ds(0 if size <= axis else jnp.int32(0), size)  # JAX 0.12 refuses what it sees to be out of bounds
 
 
 def load_rows(ref, row, start, size: int, head, real_J):
