@@ -30,6 +30,21 @@ def platform() -> str:
     return default if isinstance(default, str) else default.platform
 
 
+def struct(shape: Sequence[int], dtype: Any, operands: Sequence[jax.Array]) -> jax.ShapeDtypeStruct:
+    """What a kernel gives: inside `shard_map` it varies over the mesh axes that any of its operands varies over."""
+    varying: frozenset = frozenset().union(*(varying_axes(x) for x in operands))
+    kind = jax.sharding.ManualAxisType(varying=varying)
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of the GPU here, or Hopper's (9, 0) where there is none: then code is compiled for another machine."""
+    if jax.default_backend() != "gpu":
+        return 9, 0
+    major, minor = jax.local_devices(backend="gpu")[0].compute_capability.split(".")
+    return int(major), int(minor)
+
+
 def triton_call(
     kernel: Callable[..., None], *, num_warps: int, num_stages: int, interpret: bool = False, **arguments: Any
 ) -> Callable[..., Any]:
@@ -49,3 +64,15 @@ def tpu_call(
     """`pallas_call` through Mosaic TPU; `interpret` is False, True or `pltpu.InterpretParams`."""
     parameters = pltpu.CompilerParams(dimension_semantics=dimension_semantics, vmem_limit_bytes=vmem_limit_bytes)
     return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which a value within `shard_map` is typed as varying; none outside, or without check_vma."""
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
+def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The same value typed as varying over `axes` too; its transpose sums over those that this adds."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

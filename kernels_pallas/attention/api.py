@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import gpu_decode, reference, xla
+from kernels_pallas.attention import gpu, reference, xla
 
-BACKENDS = dispatch.table(xla.BACKEND, reference.BACKEND)
-CACHED_BACKENDS = dispatch.table(gpu_decode.CACHED_BACKEND, xla.CACHED_BACKEND, reference.CACHED_BACKEND)
+BACKENDS = dispatch.table(gpu.BACKEND, xla.BACKEND, reference.BACKEND)
+CACHED_BACKENDS = dispatch.table(gpu.CACHED_BACKEND, xla.CACHED_BACKEND, reference.CACHED_BACKEND)
 
 
 def attention(

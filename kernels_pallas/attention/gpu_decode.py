@@ -22,10 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas import compat
-from kernels_pallas.dispatch import Backend
+from kernels_pallas.attention.gpu_blocks import LOG2_E, NOTHING, columns, leading, load_rows, product
 
-NOTHING = -1e30  # below every score, and finite: a row that sees nothing must not make inf - inf
-LOG2_E = 1.4426950408889634
 MAX_ROWS = 64  # T * G beyond this would spill; so many queries are better off in the kernel for sequences
 
 
@@ -57,9 +55,14 @@ def cached_attention(
     return _cached(tiles, splits, scale, interpret, q_BTHD, k_BSKD, v_BSKD, q_positions_BT, logit_scale)
 
 
+def fits(q_BTHD: jax.Array, k_BSKD: jax.Array) -> bool:
+    """Whether so few queries ask that this kernel serves them."""
+    return q_BTHD.shape[1] * q_BTHD.shape[2] // k_BSKD.shape[2] <= MAX_ROWS
+
+
 def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiles:
     """Block sizes by the bytes of a block of keys, so that three stages also fit in an Ada card's 100 KB."""
-    width = pl.next_power_of_2(max(16, k_BSKD.shape[3])) * k_BSKD.dtype.itemsize
+    width = columns(k_BSKD.shape[3]) * k_BSKD.dtype.itemsize
     return Tiles(keys=max(16, min(128, 16384 // width)), num_warps=4, num_stages=3)
 
 
@@ -83,7 +86,7 @@ def _cached(tiles: Tiles, splits: int, scale: float, interpret: bool, q, k, v, p
     ]
     factors = () if logit_scale_BT is None else (logit_scale_BT,)
     o, top, total = compat.triton_call(
-        partial(_share_kernel, block_keys=tiles.keys, splits=splits, scale=scale),
+        partial(_share_kernel, block_keys=tiles.keys, splits=splits, scale=scale, interpret=interpret),
         grid=(kv_heads, splits, batch),
         out_shape=partials,
         num_warps=tiles.num_warps,
@@ -102,12 +105,14 @@ def _cached(tiles: Tiles, splits: int, scale: float, interpret: bool, q, k, v, p
     )(o, top, total)
 
 
-def _share_kernel(q_ref, k_ref, v_ref, positions_ref, *refs, block_keys: int, splits: int, scale: float):
+def _share_kernel(
+    q_ref, k_ref, v_ref, positions_ref, *refs, block_keys: int, splits: int, scale: float, interpret: bool
+):
     *factor_refs, o_ref, top_ref, total_ref = refs
     (_, length, heads, width), (_, slots, kv_heads, v_width) = q_ref.shape, v_ref.shape
     head, split, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, dtype = heads // kv_heads, jnp.result_type(q_ref, k_ref, v_ref)
-    dot = product(dtype)
+    dot = product(dtype, interpret)
 
     r = jnp.arange(pl.next_power_of_2(max(16, length * group)))
     real_R, t_R, h_R = r < length * group, r // group, head * group + r % group
@@ -128,7 +133,7 @@ def _share_kernel(q_ref, k_ref, v_ref, positions_ref, *refs, block_keys: int, sp
         top_R, total_R, o_RD = carry
         key_J = j * block_keys + jnp.arange(block_keys)
         k_JD, v_JD = (
-            load_rows(ref, row, j * block_keys, block_keys, head, key_J < seen).astype(dtype) for ref in (k_ref, v_ref)
+            load_rows(ref, row, j * block_keys, block_keys, head, seen).astype(dtype) for ref in (k_ref, v_ref)
         )
         sees_RJ = key_J[None, :] <= position_R[:, None]
         scores_RJ = jnp.where(sees_RJ, dot(q_RD, k_JD, 1, 1), NOTHING)
@@ -139,7 +144,7 @@ def _share_kernel(q_ref, k_ref, v_ref, positions_ref, *refs, block_keys: int, sp
         o_RD = o_RD * shrink_R[:, None] + dot(weights_RJ.astype(dtype), v_JD, 1, 0)
         return new_top_R, total_R, o_RD
 
-    v_columns = pl.next_power_of_2(max(16, v_width))
+    v_columns = columns(v_width)
     start = jnp.full(r.shape, NOTHING), jnp.zeros(r.shape), jnp.zeros((r.size, v_columns))
     first, last = split * blocks // splits, (split + 1) * blocks // splits
     top_R, total_R, o_RD = jax.lax.fori_loop(first, last, block, start)
@@ -155,7 +160,7 @@ def _merge_kernel(o_ref, top_ref, total_ref, out_ref):
     h, t, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     splits, width = o_ref.shape[1], o_ref.shape[4]
     n = jnp.arange(pl.next_power_of_2(splits))
-    d = jnp.arange(pl.next_power_of_2(max(16, width)))
+    d = jnp.arange(columns(width))
     at, real_N = (row, leading(n.size, splits), t, h), n < splits
     top_N = pltriton.load(top_ref.at[at], mask=real_N, other=NOTHING)
     total_N = pltriton.load(total_ref.at[at], mask=real_N, other=0.0)
@@ -167,55 +172,10 @@ def _merge_kernel(o_ref, top_ref, total_ref, out_ref):
     pltriton.store(out_ref.at[row, t, h, leading(d.size, width)], o_D.astype(out_ref.dtype), mask=d < width)
 
 
-def product(dtype):
-    """`dot(a, b, i, j)`: contracts axis i of a with axis j of b, float32 sums; float32 operands lose almost nothing."""
-    if dtype != jnp.float32:
-        exact = None
-    elif compat.platform() == "gpu":
-        exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    else:
-        exact = jax.lax.Precision.HIGHEST
-
-    def dot(a, b, i, j):
-        dimensions = (((i,), (j,)), ((), ()))
-        return jax.lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
-
-    return dot
-
-
-def leading(size: int, axis: int):
-    """The first `size` places of an axis, for a masked load or store: there may be more of them than places."""
-    return pl.ds(0 if size <= axis else jnp.int32(0), size)  # JAX 0.12 refuses what it sees to be out of bounds
-
-
-def load_rows(ref, row, start, size: int, head, real_J):
-    """[size, D] of a [B,S,K,D] array, D padded to a power of two; rows that are not real, and the padding, are zero."""
-    width = ref.shape[3]
-    columns = pl.next_power_of_2(max(16, width))
-    real = real_J[:, None] if columns == width else real_J[:, None] & (jnp.arange(columns) < width)[None, :]
-    slices = ref.at[row, pl.ds(start, size), head, leading(columns, width)]
-    return pltriton.load(slices, mask=jnp.broadcast_to(real, (size, columns)), other=0.0)
-
-
 def places(row, t_R, h_R, width: int, real_R):
     """Indices [R,D] of rows (t, h) of a [..., T,H,D] array, and which of them are real; D padded to a power of two."""
-    columns = jnp.arange(pl.next_power_of_2(max(16, width)))
-    shape = (t_R.size, columns.size)
+    d = jnp.arange(columns(width))
+    shape = (t_R.size, d.size)
     row = row if isinstance(row, tuple) else (row,)
-    at = tuple(jnp.broadcast_to(x, shape) for x in (*row, t_R[:, None], h_R[:, None], columns[None, :]))
-    return at, jnp.broadcast_to(real_R[:, None] & (columns < width)[None, :], shape)
-
-
-def _refuses(*, q_BTHD, k_BSKD, v_BSKD) -> str | None:
-    if compat.platform() != "gpu":
-        return f"it runs on a GPU and this is {compat.platform()}"
-    for name, x in (("q", q_BTHD), ("k", k_BSKD), ("v", v_BSKD)):
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} is {x.dtype}, and it takes float32 and bfloat16"
-        if x.shape[3] > 256:
-            return f"{name} is {x.shape[3]} wide, and it goes to 256"
-    rows = q_BTHD.shape[1] * q_BTHD.shape[2] // k_BSKD.shape[2]
-    return None if rows <= MAX_ROWS else f"{rows} queries times heads look at one kv head, and it takes {MAX_ROWS}"
-
-
-CACHED_BACKEND = Backend("gpu", cached_attention, _refuses)
+    at = tuple(jnp.broadcast_to(x, shape) for x in (*row, t_R[:, None], h_R[:, None], d[None, :]))
+    return at, jnp.broadcast_to(real_R[:, None] & (d < width)[None, :], shape)
