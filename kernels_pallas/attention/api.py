@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import gpu, reference, xla
+from kernels_pallas.attention import cudnn, gpu, reference, xla
 
-BACKENDS = dispatch.table(gpu.BACKEND, xla.BACKEND, reference.BACKEND)
+BACKENDS = dispatch.table(cudnn.BACKEND, gpu.BACKEND, xla.BACKEND, reference.BACKEND)
 CACHED_BACKENDS = dispatch.table(gpu.CACHED_BACKEND, xla.CACHED_BACKEND, reference.CACHED_BACKEND)
 
 
@@ -50,7 +50,8 @@ def attention(
         raise ValueError(f"segment_ids have shape {segment_ids.shape} but must be {(batch, length)} (B,T)")
     if logit_scale_T is not None and logit_scale_T.shape not in ((length,), (batch, length)):
         raise ValueError(f"logit_scale_T has shape {logit_scale_T.shape} but must be {(length,)} or {(batch, length)}")
-    chosen = dispatch.choose("attention", BACKENDS, backend, {"q_BTHD": q_BTHD, "k_BSKD": k_BSKD, "v_BSKD": v_BSKD})
+    call = {"q_BTHD": q_BTHD, "k_BSKD": k_BSKD, "v_BSKD": v_BSKD, "causal": causal, "segment_ids": segment_ids}
+    chosen = dispatch.choose("attention", BACKENDS, backend, call)
     return chosen.function(
         q_BTHD,
         k_BSKD,

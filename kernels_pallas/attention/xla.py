@@ -206,7 +206,7 @@ def _from_rows(x_NBKRD: jax.Array, length: int, group: int) -> jax.Array:
     return x.reshape(batch, -1, kv_heads * group, width)[:, :length]
 
 
-def _refuses(*, q_BTHD, k_BSKD, v_BSKD) -> str | None:
+def _refuses(*, q_BTHD, k_BSKD, v_BSKD, **call) -> str | None:
     for name, x in (("q", q_BTHD), ("k", k_BSKD), ("v", v_BSKD)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}, and it accumulates in float32 from float32 or bfloat16 only"
