@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import cudnn, gpu, reference, xla
+from kernels_pallas.attention import cudnn, gpu, reference, tpu, xla
 
-BACKENDS = dispatch.table(cudnn.BACKEND, gpu.BACKEND, xla.BACKEND, reference.BACKEND)
-CACHED_BACKENDS = dispatch.table(gpu.CACHED_BACKEND, xla.CACHED_BACKEND, reference.CACHED_BACKEND)
+BACKENDS = dispatch.table(tpu.BACKEND, cudnn.BACKEND, gpu.BACKEND, xla.BACKEND, reference.BACKEND)
+CACHED_BACKENDS = dispatch.table(tpu.CACHED_BACKEND, gpu.CACHED_BACKEND, xla.CACHED_BACKEND, reference.CACHED_BACKEND)
 
 
 def attention(

@@ -1,0 +1,285 @@
+"""Softmax attention on TPU: the kernels' calling sides, gradients, and what they refuse.
+
+`attend_block` is attention of some queries to some keys of a longer sequence, the piece that ring and all-gather
+attention over a sharded sequence are made of; `attention` is that of a sequence to itself.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import compat
+from kernels_pallas.attention import xla
+from kernels_pallas.attention.tpu_backward import backward
+from kernels_pallas.attention.tpu_blocks import (
+    SMEM_BYTES,
+    Blocks,
+    Rows,
+    Tables,
+    largest_block,
+    padded,
+    rows,
+    table_bytes,
+    tables,
+)
+from kernels_pallas.attention.tpu_decode import MOST_ROWS, decode
+from kernels_pallas.attention.tpu_forward import forward
+from kernels_pallas.dispatch import Backend
+
+QUERY_BLOCK, KEY_BLOCK, PART = 512, 1024, 512
+WIDTHS = (32, 64, 128, 256)
+
+
+class Plan(NamedTuple):
+    """What is known at trace time. `dtype` is that of o, `gradient_dtype` that of dq, dk and dv."""
+
+    forward: Blocks
+    backward: Blocks
+    dtype: Any
+    gradient_dtype: Any
+    interpret: Any
+
+
+def attention(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    *,
+    causal: bool,
+    segment_ids: jax.Array | None,
+    scale: float,
+    logit_scale: jax.Array | None,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """See `api.attention`. `blocks` None chooses."""
+    dtype = jnp.result_type(q_BTHD, k_BSKD, v_BSKD)
+    o_BTHD, _ = attend_block(
+        q_BTHD.astype(dtype),
+        k_BSKD.astype(dtype),
+        v_BSKD.astype(dtype),
+        causal=causal,
+        segment_ids=segment_ids,
+        key_segment_ids=segment_ids,
+        scale=scale,
+        logit_scale=logit_scale,
+        dtype=v_BSKD.dtype,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    return o_BTHD
+
+
+def attend_block(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    *,
+    q_start: jax.Array | int = 0,
+    k_start: jax.Array | int = 0,
+    causal: bool = True,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    scale: float,
+    logit_scale: jax.Array | None = None,
+    dtype: Any = None,
+    gradient_dtype: Any = None,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of some queries to some keys of a longer sequence, and what it takes to add more keys.
+
+    Differentiable in q, k and v, with cotangents of both results: so `merge`d blocks have right gradients. A ring that
+    recomputes nothing calls `block_gradients` with the whole sequence's log-sum-exp instead.
+
+    Args:
+      q_BTHD, k_BSKD, v_BSKE: of one dtype, float32 or bfloat16.
+      q_start, k_start: place of the first query and key in the sequence, int32 scalars or [B]; may be traced.
+      causal: a query sees keys up to its own place in the sequence.
+      segment_ids, key_segment_ids: int32 [B,T] and [B,S], both or neither. Negative ids of queries are padding.
+      logit_scale: float32 [T] or [B,T], of these queries.
+      dtype: of o; None is v's.
+      gradient_dtype: of dq, dk and dv inside the kernel; None is q's. (The gradients returned to JAX are of q's.)
+      blocks, interpret: None and False outside of tests.
+
+    Returns:
+      o_BTHE and the natural log-sum-exp, float32 [B,T,H]: zero and about -1e30 where a query sees nothing.
+    """
+    call = prepare(
+        q_BTHD,
+        k_BSKD,
+        v_BSKE,
+        q_start=q_start,
+        k_start=k_start,
+        causal=causal,
+        segment_ids=segment_ids,
+        key_segment_ids=key_segment_ids,
+        scale=scale,
+        logit_scale=logit_scale,
+    )
+    dtype, gradient_dtype = dtype or v_BSKE.dtype, gradient_dtype or q_BTHD.dtype
+    return _attend(_plan(q_BTHD, k_BSKD, blocks, dtype, gradient_dtype, interpret), q_BTHD, k_BSKD, v_BSKE, *call)
+
+
+def prepare(
+    q_BTHD, k_BSKD, v_BSKE, *, q_start, k_start, causal, segment_ids, key_segment_ids, scale, logit_scale
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What each query sees: its last key, its id and its factor, [B,T], and the keys' ids [B,S]."""
+    (batch, length), keys = q_BTHD.shape[:2], k_BSKD.shape[1]
+    last_BT = jnp.full((batch, length), keys - 1, jnp.int32)
+    if causal:
+        ahead = jnp.broadcast_to(jnp.asarray(q_start, jnp.int32) - jnp.asarray(k_start, jnp.int32), batch)
+        last_BT = jnp.clip(ahead[:, None] + jnp.arange(length, dtype=jnp.int32), -1, keys - 1)
+    if segment_ids is None or key_segment_ids is None:
+        segment_ids, key_segment_ids = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, keys), jnp.int32)
+    last_BT = jnp.where(segment_ids >= 0, last_BT, -1)
+    factor = jnp.full((), scale, jnp.float32)
+    if logit_scale is not None:
+        factor = factor * jax.lax.stop_gradient(logit_scale.astype(jnp.float32))
+    return last_BT, segment_ids, jnp.broadcast_to(factor, (batch, length)), key_segment_ids
+
+
+def _plan(q_BTHD, k_BSKD, blocks, dtype, gradient_dtype, interpret) -> Plan:
+    if blocks is None:
+        # The widest heads and float32 (three times the passes, twice the bytes) take half of the block.
+        large = q_BTHD.shape[3] > 128 or q_BTHD.dtype == jnp.float32
+        queries = largest_block(q_BTHD.shape[1], QUERY_BLOCK // (1 + large))
+        keys = largest_block(k_BSKD.shape[1], KEY_BLOCK // (1 + large))
+        blocks = Blocks(queries, keys, min(keys, PART))
+    return Plan(blocks, blocks, jnp.dtype(dtype), jnp.dtype(gradient_dtype), interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q, k, v, last_BT, ids_BT, factor_BT, key_ids_BS):
+    return _attend_forward(plan, q, k, v, last_BT, ids_BT, factor_BT, key_ids_BS)[0]
+
+
+def _attend_forward(plan: Plan, q, k, v, *tokens):
+    blocks = plan.forward
+    described = _described(blocks, *tokens)
+    arrays = _by_head(q, blocks.queries), _by_head(k, blocks.keys), _by_head(v, blocks.keys)
+    o_BHTE, log_sum_BH1T = forward(blocks, plan.interpret, *arrays, *described, plan.dtype)
+    o_BTHE = _by_token(o_BHTE, q.shape[1])
+    log_sum_BTH = log_sum_BH1T[:, :, 0, : q.shape[1]].swapaxes(1, 2)
+    return (o_BTHE, log_sum_BTH), (q, k, v, tokens, o_BTHE, log_sum_BTH)
+
+
+def _attend_backward(plan: Plan, residuals, cotangents):
+    q, k, v, tokens, o_BTHE, log_sum_BTH = residuals
+    do_BTHE, dlog_sum_BTH = cotangents
+    inner_BTH = jnp.sum(o_BTHE.astype(jnp.float32) * do_BTHE.astype(jnp.float32), axis=3) - dlog_sum_BTH
+    gradients = block_gradients(plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, *tokens)
+    return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def block_gradients(
+    plan: Plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, last_BT, ids_BT, factor_BT, key_ids_BS
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What this block of keys adds to dq, and its dk and dv, in `plan.gradient_dtype`.
+
+    `log_sum` and `inner`, float32 [B,T,H], are those of the whole sequence: `inner` is sum(o * do) over the head's
+    width (less the cotangent of the log-sum-exp, where it has one).
+    """
+    blocks = plan.backward
+    described = _described(blocks, last_BT, ids_BT, factor_BT, key_ids_BS)
+    arrays = _by_head(q, blocks.queries), _by_head(k, blocks.keys), _by_head(v, blocks.keys)
+    do_BHTE = _by_head(do_BTHE.astype(q.dtype), blocks.queries)
+    log_sum_BH1T, inner_BH1T = (
+        padded(x.swapaxes(1, 2)[:, :, None], 3, blocks.queries) for x in (log_sum_BTH, inner_BTH)
+    )
+    dq, dk, dv = backward(
+        blocks, plan.interpret, *arrays, do_BHTE, log_sum_BH1T, inner_BH1T, *described, plan.gradient_dtype
+    )
+    return _by_token(dq, q.shape[1]), _by_token(dk, k.shape[1]), _by_token(dv, k.shape[1])
+
+
+def _described(blocks: Blocks, last_BT, ids_BT, factor_BT, key_ids_BS) -> tuple[Rows, Tables]:
+    described = rows(last_BT, ids_BT, factor_BT, key_ids_BS, blocks)
+    return described, tables(described, blocks)
+
+
+def _by_head(x_BTHD: jax.Array, block: int) -> jax.Array:
+    """[B,H,T,D], whole blocks. XLA gives the projection's result this layout, so that nothing moves."""
+    return padded(x_BTHD.swapaxes(1, 2), 2, block)
+
+
+def _by_token(x_BHTD: jax.Array, length: int) -> jax.Array:
+    return x_BHTD[:, :, :length].swapaxes(1, 2)
+
+
+def refuses(*, q_BTHD, k_BSKD, v_BSKD, **options) -> str | None:
+    """Why `attention` does not support a call, or None."""
+    if compat.platform() != "tpu":
+        return f"it runs on TPU and this is {compat.platform()}"
+    for name, x in (("q", q_BTHD), ("k", k_BSKD), ("v", v_BSKD)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}, and it takes float32 and bfloat16"
+        if x.shape[3] not in WIDTHS:
+            return f"the heads of {name} are {x.shape[3]} wide, and it takes {', '.join(map(str, WIDTHS))}"
+    plan = _plan(q_BTHD, k_BSKD, None, q_BTHD.dtype, q_BTHD.dtype, False)
+    counts = [-(-x.shape[1] // block) for x, block in ((q_BTHD, plan.forward.queries), (k_BSKD, plan.forward.keys))]
+    if table_bytes(q_BTHD.shape[0], *counts) > SMEM_BYTES:
+        return f"{q_BTHD.shape[0]} rows of {k_BSKD.shape[1]} keys have more blocks than scalar memory holds tables for"
+    return None
+
+
+def cached_attention(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    q_positions_BT: jax.Array,
+    *,
+    scale: float,
+    logit_scale: jax.Array | None,
+    block: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """See `api.cached_attention`.
+
+    A few queries read each row's cache once, as far as it is filled. More (a chunk of a prompt) go to the kernel of
+    `attention`, for which the cache's heads are set apart first: a copy of all of it.
+    """
+    dtype = jnp.result_type(q_BTHD, k_BSKD, v_BSKD)
+    factor = jnp.full((), scale, jnp.float32)
+    if logit_scale is not None:
+        factor = factor * jax.lax.stop_gradient(logit_scale.astype(jnp.float32))
+    factor_BT = jnp.broadcast_to(factor, q_BTHD.shape[:2])
+    q, k, v = (x.astype(dtype) for x in (q_BTHD, k_BSKD, v_BSKD))
+    if q.shape[1] * q.shape[2] <= MOST_ROWS:
+        return _decode(interpret, block, q, k, v, q_positions_BT, factor_BT).astype(v_BSKD.dtype)
+    plan = _plan(q, k, None, v_BSKD.dtype, dtype, interpret)
+    ids_BT, key_ids_BS = jnp.zeros(q.shape[:2], jnp.int32), jnp.zeros(k.shape[:2], jnp.int32)
+    last_BT = jnp.minimum(q_positions_BT.astype(jnp.int32), k.shape[1] - 1)
+    return _attend(plan, q, k, v, last_BT, ids_BT, factor_BT, key_ids_BS)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decode(interpret, block, q, k, v, positions_BT, factor_BT):
+    return decode(q, k, v, positions_BT, factor_BT, interpret, block)
+
+
+def _decode_forward(interpret, block, *inputs):
+    return _decode(interpret, block, *inputs), inputs
+
+
+def _decode_backward(interpret, block, inputs, do):
+    # Nobody trains through a cache; the portable backward will do.
+    q, k, v, positions_BT, factor_BT = inputs
+
+    def portable(q, k, v):
+        return xla.cached_attention(q, k, v, positions_BT, scale=1.0, logit_scale=factor_BT)
+
+    return *jax.vjp(portable, q, k, v)[1](do), None, None
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+BACKEND = Backend("tpu", attention, refuses)
+CACHED_BACKEND = Backend("tpu", cached_attention, refuses)
