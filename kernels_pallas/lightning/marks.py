@@ -15,6 +15,7 @@ to no document and adds nothing to the lag.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,12 +51,12 @@ def marks(decay: Decay, chunk: int, length: int, segment_ids: jax.Array | None) 
     state = jnp.pad(document[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))
     document = jnp.where(real, document, -1).reshape(ids.shape[0], -1, chunk)
     if decay.log_decay_BTH is None:
-        count_bNC = jnp.cumsum(real.reshape(document.shape), axis=-1, dtype=jnp.int32)
+        count_bNC = _running(jnp.sum, 0, real.reshape(document.shape).astype(jnp.int32))
         lag = jnp.asarray(decay.slopes_H, jnp.float32)[:, None, None] * count_bNC[:, None]
     else:
         rate = jnp.pad(-decay.log_decay_BTH.astype(jnp.float32), ((0, 0), (0, -length % chunk), (0, 0)))
         rate = jnp.where(real[..., None], rate, 0.0).swapaxes(1, 2)
-        lag = jnp.cumsum(rate.reshape(*rate.shape[:2], -1, chunk), axis=-1)
+        lag = _running(jnp.sum, 0.0, rate.reshape(*rate.shape[:2], -1, chunk))
     return Marks(lag, document, state)
 
 
@@ -91,6 +92,24 @@ def _documents(ids_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
     """The number of documents begun before or at each token, less the first: padding carries it on."""
     # A document begins where the id differs from the last real token's, however many padding tokens lie between.
     places = jnp.where(real_BT, jnp.arange(ids_BT.shape[1]), -1)
-    last = jnp.pad(jax.lax.cummax(places, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    last = jnp.pad(_running(jnp.max, -1, places)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     begins = real_BT & (last >= 0) & (ids_BT != jnp.take_along_axis(ids_BT, jnp.maximum(last, 0), axis=1))
-    return jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+    return _running(jnp.sum, 0, begins.astype(jnp.int32))
+
+
+def _running(reduce: Callable[..., jax.Array], identity: float, x: jax.Array) -> jax.Array:
+    """The inclusive running `reduce` (jnp.sum, jnp.max) along the last axis.
+
+    By masked reductions of blocks of 128, then of the blocks' results: XLA's own cumulative operations over 131,072
+    tokens take the TPU compiler most of a minute.
+    """
+    length = x.shape[-1]
+    width = min(length, 128)
+    fill = [(0, 0)] * (x.ndim - 1) + [(0, -length % width)]
+    blocks = jnp.pad(x, fill, constant_values=identity).reshape(*x.shape[:-1], -1, width)
+    blocks = reduce(jnp.where(jnp.tri(width, dtype=bool), blocks[..., None, :], identity), axis=-1)
+    if blocks.shape[-2] > 1:
+        ends = _running(reduce, identity, blocks[..., -1])[..., :-1]
+        before = jnp.pad(ends, [(0, 0)] * (x.ndim - 1) + [(1, 0)], constant_values=identity)
+        blocks = reduce(jnp.stack([blocks, jnp.broadcast_to(before[..., None], blocks.shape)]), axis=0)
+    return blocks.reshape(*x.shape[:-1], -1)[..., :length]

@@ -28,9 +28,15 @@ from kernels_pallas.lightning.marks import Decay, Marks, marks
 from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
 
 CHUNK = 128
-CHUNKS_A_STEP = 8
 READS, WRITES, KEEPS, FLAG_BITS = 1, 2, 4, 3
 WIDEST = 256
+
+
+class Blocks(NamedTuple):
+    """How a row is cut: `chunks` a grid step, of which `unrolled` are scheduled together."""
+
+    chunks: int = 16
+    unrolled: int = 8
 
 
 class Tables(NamedTuple):
@@ -58,7 +64,7 @@ class Plan(NamedTuple):
 
     sweep: Sweep
     length: int
-    chunks: int  # a grid step
+    blocks: Blocks
     scale: float
     dtype: Any  # of the operands of matrix products
     marked: bool
@@ -87,9 +93,10 @@ def _dkv_step(dot, dstate_KV, tables: Tables, q, k, v, do):
     dscores = (dot(v, do, 1, 1) * tables.intra_CC).astype(dtype)
     ds = dstate_KV.astype(dtype)
     dk = dot(dscores, q, 1, 0) + tables.write_C1 * dot(v, ds, 1, 1)
-    dv = dot(scores, do, 1, 0) + tables.write_C1 * dot(k, ds, 1, 0)
-    read = dot((q * tables.read_C1).astype(dtype), do, 0, 0)
-    return tables.keep_11 * dstate_KV + read, (dk, dv)
+    # Two products with `do` in one: it is loaded into the matrix unit once.
+    from_do = dot(jnp.concatenate([scores, (q * tables.read_C1).astype(dtype).T]), do, 1, 0)
+    dv = from_do[:CHUNK] + tables.write_C1 * dot(k, ds, 1, 0)
+    return tables.keep_11 * dstate_KV + from_do[CHUNK:], (dk, dv)
 
 
 OUTPUT = Sweep("lightning_forward", _output_step, False, False, True, 4)
@@ -140,13 +147,29 @@ def _marked_tables(plan: Plan, lag_1C, flags_1C) -> tuple[Tables, jax.Array]:
     return Tables(intra, read, write, keep), flags_C1 >= 0
 
 
+def _each_chunk(plan: Plan, do_chunk: Callable[[Any], None]) -> None:
+    """Calls `do_chunk` on the step's chunks in the sweep's order, in unrolled groups."""
+    chunks, unrolled = plan.blocks
+
+    def group(i, nothing):
+        for j in range(unrolled):
+            c = i * unrolled + j
+            do_chunk(chunks - 1 - c if plan.sweep.backwards else c)
+        return nothing
+
+    if chunks == unrolled:
+        group(0, None)
+    else:
+        jax.lax.fori_loop(0, chunks // unrolled, group, None)
+
+
 def _kernel(plan: Plan, inputs: int, *refs) -> None:
     """Refs: the decay (slopes in SMEM, or lag and flags), `inputs` token blocks, the state before, outputs, scratch."""
-    *refs, state_ref, intra_ref = refs
-    decay_refs, refs = (refs[:2], refs[2:]) if plan.marked else (refs[:1], refs[1:])
-    input_refs, start_ref, outputs = refs[:inputs], refs[inputs], refs[inputs + 1 :]
-    step, steps = pl.program_id(2), pl.num_programs(2)
-    block = steps - 1 - step if plan.sweep.backwards else step
+    decays = 2 if plan.marked else 1
+    decay_refs, input_refs, start_ref = refs[:decays], refs[decays : decays + inputs], refs[decays + inputs]
+    outputs, (state_ref, intra_ref) = refs[decays + inputs + 1 : -2], refs[-2:]
+    step, last = pl.program_id(2), pl.num_programs(2) - 1
+    block = last - step if plan.sweep.backwards else step
     slope = None if plan.marked else decay_refs[0][pl.program_id(1)]
 
     @pl.when(step == 0)
@@ -155,8 +178,8 @@ def _kernel(plan: Plan, inputs: int, *refs) -> None:
         if not plan.marked:
             intra_ref[...] = _plain_intra(plan, slope)
 
-    def chunk(c: int, tables: Tables, real_C1) -> None:
-        rows = slice(c * CHUNK, (c + 1) * CHUNK)
+    def chunk(c, tables: Tables, real_C1=None) -> None:
+        rows = pl.ds(c * CHUNK, CHUNK)
         values = [ref[0, 0, rows, :].astype(plan.dtype) for ref in input_refs]
         if real_C1 is not None:
             # Where a token is not real its memory may hold anything, and 0 * NaN is NaN.
@@ -165,43 +188,40 @@ def _kernel(plan: Plan, inputs: int, *refs) -> None:
         for ref, result in zip(outputs, results, strict=False):
             ref[0, 0, rows, :] = result.astype(ref.dtype)
 
-    def plain() -> None:
-        tables = _plain_tables(plan, slope, intra_ref[...])
-        for c in order:
-            chunk(c, tables, None)
+    def marked(c) -> None:
+        lag_1C, flags_1C = decay_refs[0][0, 0, pl.ds(c, 1), :], decay_refs[1][0, pl.ds(c, 1), :]
+        chunk(c, *_marked_tables(plan, lag_1C, flags_1C))
 
-    def tail() -> None:
-        for c in order:
-            left = plan.length - (block * plan.chunks + c) * CHUNK
-            chunk(c, *_marked_tables(plan, *_tail_marks(slope, left)))
+    def tail(c) -> None:
+        left = plan.length - (block * plan.blocks.chunks + c) * CHUNK
+        chunk(c, *_marked_tables(plan, *_tail_marks(slope, left)))
 
-    def marked() -> None:
-        lag_ref, flags_ref = decay_refs
-        for c in order:
-            chunk(c, *_marked_tables(plan, lag_ref[0, 0, c : c + 1, :], flags_ref[0, c : c + 1, :]))
-
-    order = range(plan.chunks)[:: -1 if plan.sweep.backwards else 1]
     if plan.marked:
-        marked()
-    elif plan.length % (plan.chunks * CHUNK) == 0:
-        plain()
+        _each_chunk(plan, marked)
     else:
-        pl.when(block < steps - 1)(plain)
-        pl.when(block == steps - 1)(tail)
+        whole = partial(chunk, tables=_plain_tables(plan, slope, intra_ref[...]))
+        if plan.length % (plan.blocks.chunks * CHUNK) == 0:
+            _each_chunk(plan, whole)
+        else:
+            pl.when(block < last)(lambda: _each_chunk(plan, whole))
+            pl.when(block == last)(lambda: _each_chunk(plan, tail))
     if plan.sweep.gives_state:
 
-        @pl.when(step == steps - 1)
+        @pl.when(step == last)
         def _():
             outputs[-1][0, 0] = state_ref[...]
 
 
-def _sweep(sweep: Sweep, options: Options, chunks, decay, inputs: Sequence[jax.Array], state, outs: Sequence[Any]):
+def _sweep(
+    sweep: Sweep, options: Options, blocks: Blocks, decay, inputs: Sequence[jax.Array], state, outs: Sequence[Any]
+):
     """Runs a sweep on arrays [B,H,T,D]; `outs` are (width, dtype) of the outputs."""
     batch, heads, length = inputs[0].shape[:3]
-    chunks = min(chunks, -(-length // CHUNK))
-    steps, tokens = -(-length // (chunks * CHUNK)), chunks * CHUNK
+    blocks = _fitted(blocks, length)
+    tokens = blocks.chunks * CHUNK
+    steps = -(-length // tokens)
     dtype = jnp.float32 if options.high else jnp.result_type(*inputs)
-    plan = Plan(sweep, length, chunks, options.scale, dtype, isinstance(decay, tuple))
+    plan = Plan(sweep, length, blocks, options.scale, dtype, isinstance(decay, tuple))
 
     def at(t):
         return steps - 1 - t if sweep.backwards else t
@@ -211,10 +231,12 @@ def _sweep(sweep: Sweep, options: Options, chunks, decay, inputs: Sequence[jax.A
 
     by_head = pl.BlockSpec((1, 1, *state.shape[2:]), lambda b, h, t: (b, h, 0, 0))
     if plan.marked:
-        decays, decay_specs = _marked_operands(decay, chunks, at)
+        decays, decay_specs = _marked_operands(decay, blocks.chunks, at)
     else:
         decays, decay_specs = (decay,), [pl.BlockSpec(memory_space=pltpu.SMEM)]
-    operands = (*decays, *inputs, state)
+    operands: tuple[jax.Array, ...] = (*decays, *inputs, state)
+    axes = frozenset().union(*(compat.varying_axes(x) for x in operands))
+    operands = tuple(compat.vary(x, axes) for x in operands)
     out_specs, out_shape = [], []
     for width, out_dtype in outs:
         out_specs.append(by_token(width))
@@ -222,7 +244,8 @@ def _sweep(sweep: Sweep, options: Options, chunks, decay, inputs: Sequence[jax.A
     if sweep.gives_state:
         out_specs.append(by_head)
         out_shape.append(compat.struct(state.shape, jnp.float32, operands))
-    moved = sum(x.size * x.dtype.itemsize for x in (*operands, *out_shape))
+    shapes: list[Any] = [*operands, *out_shape]
+    moved = sum(x.size * x.dtype.itemsize for x in shapes)
     flops = 2 * batch * heads * length * sweep.products * state.shape[2] * state.shape[3]
     return compat.tpu_call(
         partial(_kernel, plan, len(inputs)),
@@ -236,6 +259,14 @@ def _sweep(sweep: Sweep, options: Options, chunks, decay, inputs: Sequence[jax.A
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
         name=sweep.name,
     )(*operands)
+
+
+def _fitted(blocks: Blocks, length: int) -> Blocks:
+    """All of a row's chunks at once where they are few, else whole groups."""
+    needed = -(-length // CHUNK)
+    if needed <= blocks.unrolled:
+        return Blocks(needed, needed)
+    return blocks._replace(chunks=min(blocks.chunks, -(-needed // blocks.unrolled) * blocks.unrolled))
 
 
 def _marked_operands(decay: tuple[jax.Array, jax.Array], chunks: int, at):
@@ -271,29 +302,29 @@ def _head_major(x_BTHD: jax.Array) -> jax.Array:
     return x_BTHD.swapaxes(1, 2)
 
 
-def _forward(chunks: int, options: Options, q, k, v, decay: Decay, state, segment_ids):
+def _forward(blocks: Blocks, options: Options, q, k, v, decay: Decay, state, segment_ids):
     decays = _decay(decay, q.shape[1], segment_ids)
     inputs = [_head_major(x) for x in (q, k, v)]
-    o, state = _sweep(OUTPUT, options, chunks, decays, inputs, state, [(v.shape[-1], v.dtype)])
+    o, state = _sweep(OUTPUT, options, blocks, decays, inputs, state, [(v.shape[-1], v.dtype)])
     return _head_major(o), state, None
 
 
-def _backward(chunks: int, options: Options, q, k, v, decay: Decay, state, segment_ids, saved, do, dstate):
+def _backward(blocks: Blocks, options: Options, q, k, v, decay: Decay, state, segment_ids, saved, do, dstate):
     del saved
+    q_dtype, k_dtype = (jnp.float32, jnp.float32) if options.wide else (q.dtype, k.dtype)
     decays = _decay(decay, q.shape[1], segment_ids)
     do = do.astype(v.dtype)
     dstate = dstate.astype(jnp.float32)
-    q_dtype, k_dtype, v_dtype = q.dtype, k.dtype, v.dtype
     q, k, v, do = (_head_major(x) for x in (q, k, v, do))
-    (dq,) = _sweep(DQ, options, chunks, decays, [k, v, do], state, [(q.shape[-1], q_dtype)])
-    outs = [(k.shape[-1], k_dtype), (v.shape[-1], v_dtype)]
-    dk, dv, dstate = _sweep(DKV, options, chunks, decays, [q, k, v, do], dstate, outs)
+    (dq,) = _sweep(DQ, options, blocks, decays, [k, v, do], state, [(q.shape[-1], q_dtype)])
+    outs = [(k.shape[-1], k_dtype), (v.shape[-1], v.dtype)]
+    dk, dv, dstate = _sweep(DKV, options, blocks, decays, [q, k, v, do], dstate, outs)
     return _head_major(dq), _head_major(dk), _head_major(dv), dstate
 
 
-def passes(chunks: int = CHUNKS_A_STEP) -> Passes:
-    """The kernels with so many chunks a grid step."""
-    return Passes(partial(_forward, chunks), partial(_backward, chunks))
+def passes(blocks: Blocks) -> Passes:
+    """The kernels, with rows cut so."""
+    return Passes(partial(_forward, blocks), partial(_backward, blocks))
 
 
 def _refuses(*, q_BTHK, k_BTHK, v_BTHV, **call) -> str | None:
@@ -308,4 +339,4 @@ def _refuses(*, q_BTHK, k_BTHK, v_BTHV, **call) -> str | None:
     return None
 
 
-BACKEND = Backend("tpu", backend_function(passes()), _refuses)
+BACKEND = Backend("tpu", backend_function(passes(Blocks())), _refuses)
