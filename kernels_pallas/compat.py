@@ -48,9 +48,22 @@ def compute_capability() -> tuple[int, int]:
 def triton_call(
     kernel: Callable[..., None], *, num_warps: int, num_stages: int, interpret: bool = False, **arguments: Any
 ) -> Callable[..., Any]:
-    """`pallas_call` through the Triton lowering; `interpret` runs it anywhere, slowly."""
+    """`pallas_call` through the Triton lowering; `interpret` runs it anywhere, slowly.
+
+    Inside `shard_map`, operands are made to vary over the same mesh axes, and results do.
+    """
     parameters = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
+    out_shape = arguments.pop("out_shape")
+
+    def call(*operands: Any) -> Any:
+        leaves = jax.tree.leaves(operands)
+        axes: frozenset[str] = frozenset().union(*(varying_axes(x) for x in leaves))
+        operands = jax.tree.map(lambda x: vary(x, axes), operands)
+        shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype, jax.tree.leaves(operands)), out_shape)
+        options = {"compiler_params": parameters, "interpret": interpret, "out_shape": shapes}
+        return pl.pallas_call(kernel, **options, **arguments)(*operands)
+
+    return call
 
 
 def tpu_call(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import compat
-from kernels_pallas.attention import gpu_blocks, gpu_decode
+from kernels_pallas.attention import gpu_blocks, gpu_decode, xla
 from kernels_pallas.attention.gpu_backward import backward
 from kernels_pallas.attention.gpu_blocks import Tiles
 from kernels_pallas.attention.gpu_forward import forward
@@ -46,11 +46,87 @@ def attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See `api.attention`. `sizes` None chooses by width, dtype and the GPU's shared memory."""
+    o_BTHD, _ = attend_block(
+        q_BTHD,
+        k_BSKD,
+        v_BSKD,
+        causal=causal,
+        segment_ids=segment_ids,
+        key_segment_ids=segment_ids,
+        scale=scale,
+        logit_scale=logit_scale,
+        sizes=sizes,
+        interpret=interpret,
+    )
+    return o_BTHD
+
+
+def attend_block(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    *,
+    q_start: jax.Array | int = 0,
+    k_start: jax.Array | int = 0,
+    causal: bool = True,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    scale: float,
+    logit_scale: jax.Array | None = None,
+    dtype: Any = None,
+    sizes: Sizes | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of some queries to some keys of a longer sequence: see `tpu.attend_block`, whose counterpart it is.
+
+    Differentiable in q, k and v from both results. `sizes` None chooses.
+
+    Returns:
+      o_BTHD in `dtype` (None: v's) and the natural log-sum-exp, float32 [B,T,H]; 0 and -1e30 where nothing is seen.
+    """
     length, keys = q_BTHD.shape[1], k_BSKD.shape[1]
-    last = jnp.arange(length) if causal else jnp.full(length, keys - 1)
-    last_bT = last[None] if segment_ids is None else jnp.where(segment_ids >= 0, last, -1)
-    attend_to = partial(attend, q_BTHD, k_BSKD, v_BSKD, last_bT, ids_BT=segment_ids, key_ids_BS=segment_ids)
-    return attend_to(scale=scale, logit_scale=logit_scale, sizes=sizes, interpret=interpret)[0]
+    if causal:
+        ahead = jnp.asarray(q_start, jnp.int32) - jnp.asarray(k_start, jnp.int32)
+        last_bT = jnp.clip(jnp.atleast_1d(ahead)[:, None] + jnp.arange(length, dtype=jnp.int32), -1, keys - 1)
+    else:
+        last_bT = jnp.full((1, length), keys - 1, jnp.int32)
+    if segment_ids is not None:
+        last_bT = jnp.where(segment_ids >= 0, last_bT, -1)
+    o_BTHD, log_sum_BHT = _attend(
+        _options(q_BTHD, k_BSKD, v_BSKD, scale, dtype, sizes, interpret),
+        q_BTHD,
+        k_BSKD,
+        v_BSKD,
+        last_bT,
+        segment_ids if key_segment_ids is not None else None,
+        key_segment_ids if segment_ids is not None else None,
+        _factor(logit_scale),
+    )
+    return o_BTHD, log_sum_BHT.swapaxes(1, 2)
+
+
+def block_gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    do_BTHD: jax.Array,
+    log_sum_BTH: jax.Array,
+    inner_BTH: jax.Array,
+    last_bT: jax.Array,
+    ids_BT: jax.Array | None,
+    factor_bT: jax.Array | None,
+    key_ids_BS: jax.Array | None,
+    *,
+    scale: float,
+    dtype: Any = jnp.float32,
+    sizes: Sizes | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What this block of keys adds to dq, and its dk and dv: see `tpu.block_gradients`."""
+    options = _options(q_BTHD, k_BSKD, v_BSKD, scale, dtype, sizes, interpret)
+    tokens = last_bT, ids_BT, key_ids_BS, factor_bT
+    rows = do_BTHD, log_sum_BTH.swapaxes(1, 2), inner_BTH.swapaxes(1, 2)
+    return _gradients(options, q_BTHD, k_BSKD, v_BSKD, *tokens, *rows, (options.dtype,) * 3)
 
 
 def cached_attention(
@@ -64,48 +140,43 @@ def cached_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See `api.cached_attention`: the kernel for a few queries, or the one for sequences."""
+    arrays = q_BTHD, k_BSKD, v_BSKD
     if gpu_decode.fits(q_BTHD, k_BSKD):
-        decode = partial(gpu_decode.cached_attention, interpret=interpret)
-        return decode(q_BTHD, k_BSKD, v_BSKD, q_positions_BT, scale=scale, logit_scale=logit_scale)
-    last_BT = jnp.minimum(q_positions_BT, k_BSKD.shape[1] - 1)
-    attend_to = partial(attend, q_BTHD, k_BSKD, v_BSKD, last_BT)
-    return attend_to(scale=scale, logit_scale=logit_scale, interpret=interpret)[0]
+        return _decode(scale, interpret, *arrays, q_positions_BT, logit_scale)
+    last_BT = jnp.minimum(q_positions_BT, k_BSKD.shape[1] - 1).astype(jnp.int32)
+    options = _options(*arrays, scale, None, None, interpret)
+    return _attend(options, *arrays, last_BT, None, None, _factor(logit_scale))[0]
 
 
-def attend(
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
-    last_bT: jax.Array,
-    *,
-    ids_BT: jax.Array | None = None,
-    key_ids_BS: jax.Array | None = None,
-    scale: float,
-    logit_scale: jax.Array | None = None,
-    dtype: Any = None,
-    sizes: Sizes | None = None,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention to a block of keys, differentiable in q, k and v from both outputs: what a ring merges.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decode(scale: float, interpret: bool, q, k, v, positions, logit_scale):
+    options = {"scale": scale, "logit_scale": logit_scale, "interpret": interpret}
+    return gpu_decode.cached_attention(q, k, v, positions, **options)
 
-    Args:
-      q_BTHD, k_BSKD, v_BSKD: float32 or bfloat16, K dividing H, D up to 256.
-      last_bT: int32 [1 or B, T], the last of these keys that a query may see: below 0 for none, at most S-1.
-      ids_BT, key_ids_BS: int32, both or neither; a query sees keys of its own id only.
-      scale: multiplies the scores, as `logit_scale` ([T] or [B,T]) does, in float32; the latter gets no gradient.
-      dtype: of the output; None is v's.
 
-    Returns:
-      o_BTHD, and the logarithm of the sum of the exponentials of the scores, float32 [B,H,T]; 0 and -1e30 for a query
-      that sees nothing.
-    """
-    if logit_scale is not None:
-        logit_scale = jax.lax.stop_gradient(jnp.atleast_2d(logit_scale.astype(jnp.float32)))
-    if ids_BT is not None and key_ids_BS is not None:
-        ids_BT, key_ids_BS = ids_BT.astype(jnp.int32), key_ids_BS.astype(jnp.int32)
-    sizes = sizes or sizes_for(max(q_BTHD.shape[3], v_BSKD.shape[3]), jnp.result_type(q_BTHD, k_BSKD, v_BSKD))
-    options = Options(sizes, scale, jnp.dtype(dtype or v_BSKD.dtype), interpret)
-    return _jitted(options, q_BTHD, k_BSKD, v_BSKD, last_bT.astype(jnp.int32), ids_BT, key_ids_BS, logit_scale)
+def _decode_forward(scale: float, interpret: bool, *inputs):
+    return _decode(scale, interpret, *inputs), inputs
+
+
+def _decode_backward(scale: float, interpret: bool, inputs, do):
+    *arrays, positions, logit_scale = inputs  # rarely asked for: XLA's will do
+    options = {"scale": scale, "logit_scale": logit_scale}
+    _, pull = jax.vjp(lambda q, k, v: xla.cached_attention(q, k, v, positions, **options), *arrays)
+    return *pull(do), None, None
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+
+def _options(q, k, v, scale, dtype, sizes, interpret) -> Options:
+    sizes = sizes or sizes_for(max(q.shape[3], v.shape[3]), jnp.result_type(q, k, v))
+    return Options(sizes, scale, jnp.dtype(dtype or v.dtype), interpret)
+
+
+def _factor(logit_scale: jax.Array | None) -> jax.Array | None:
+    if logit_scale is None:
+        return None
+    return jax.lax.stop_gradient(jnp.atleast_2d(logit_scale.astype(jnp.float32)))
 
 
 def sizes_for(width: int, dtype: Any) -> Sizes:
@@ -135,12 +206,19 @@ def _forward(options: Options, *inputs):
 
 
 def _backward(options: Options, residuals, cotangents):
-    tiles = options.sizes.dq, options.sizes.dkv
-    return *backward(tiles, options.scale, options.interpret, residuals, *cotangents), None, None, None, None
+    *inputs, o, log_sum_BHT = residuals
+    do_BTHD, dlog_sum_BHT = cotangents
+    inner_BTH = jnp.sum(do_BTHD.astype(jnp.float32) * o.astype(jnp.float32), axis=3)
+    inner_BHT = inner_BTH.swapaxes(1, 2) - dlog_sum_BHT
+    dtypes = tuple(x.dtype for x in inputs[:3])
+    return *_gradients(options, *inputs, do_BTHD, log_sum_BHT, inner_BHT, dtypes), None, None, None, None
+
+
+def _gradients(options: Options, *inputs):
+    return backward((options.sizes.dq, options.sizes.dkv), options.scale, options.interpret, *inputs)
 
 
 _attend.defvjp(_forward, _backward)
-_jitted = jax.jit(_attend, static_argnums=0)
 
 
 def _refuses(*, q_BTHD, k_BSKD, v_BSKD, **call) -> str | None:

@@ -21,22 +21,37 @@ from kernels_pallas.attention.gpu_blocks import LOG2_E, NOTHING, Tiles
 UNSEEN = 1e30  # the log-sum-exp of a query that sees nothing: it makes every weight zero
 
 
-def backward(tiles: tuple[Tiles, Tiles], scale: float, interpret: bool, residuals, do_BTHD, dlog_sum_BHT):
-    """dq, dk, dv in the dtypes of q, k, v. `tiles` of the dq and of the dk, dv kernel."""
-    q, k, v, last_bT, ids_BT, key_ids_BS, factor_bT, o, log_sum_BHT = residuals
-    dtype = jnp.result_type(q, k, v)
-    inner_BHT = jnp.einsum("bthd,bthd->bht", do_BTHD.astype(jnp.float32), o.astype(jnp.float32), precision="highest")
-    inner_BHT -= dlog_sum_BHT
+def backward(
+    tiles: tuple[Tiles, Tiles],
+    scale: float,
+    interpret: bool,
+    q,
+    k,
+    v,
+    last_bT,
+    ids_BT,
+    key_ids_BS,
+    factor_bT,
+    do_BTHD,
+    log_sum_BHT,
+    inner_BHT,
+    dtypes: tuple[Any, Any, Any],
+):
+    """dq, dk, dv in `dtypes`. `tiles` of the dq and of the dk, dv kernel.
+
+    `log_sum` is of all keys that the queries see, here or elsewhere, and `inner` is sum(o * do) over the width of a
+    head, less the cotangent of the log-sum-exp.
+    """
     log_sum_BHT = jnp.where(log_sum_BHT <= NOTHING / 2, UNSEEN, log_sum_BHT * LOG2_E)
     optional = [x for x in (ids_BT, key_ids_BS, factor_bT) if x is not None]
-    inputs = (last_bT, q, k, v, do_BTHD.astype(dtype), log_sum_BHT, inner_BHT, *optional)
+    inputs = (last_bT, q, k, v, do_BTHD.astype(jnp.result_type(q, k, v)), log_sum_BHT, inner_BHT, *optional)
     segmented = ids_BT is not None
     (batch, length, heads), (slots, kv_heads) = q.shape[:3], k.shape[1:3]
     by_query, by_key = tiles
     (dq,) = compat.triton_call(
         partial(_dq_kernel, tiles=by_query, scale=scale, segmented=segmented, interpret=interpret),
         grid=(heads, pl.cdiv(length, by_query.queries), batch),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, dtypes[0])],
         num_warps=by_query.num_warps,
         num_stages=by_query.num_stages,
         interpret=interpret,
@@ -45,7 +60,7 @@ def backward(tiles: tuple[Tiles, Tiles], scale: float, interpret: bool, residual
     dk, dv = compat.triton_call(
         partial(_dkv_kernel, tiles=by_key, scale=scale, segmented=segmented, interpret=interpret),
         grid=(kv_heads, pl.cdiv(slots, by_key.keys), batch),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip((k, v), dtypes[1:], strict=True)],
         num_warps=by_key.num_warps,
         num_stages=by_key.num_stages,
         interpret=interpret,
@@ -94,16 +109,17 @@ class _Inputs:
         at = (jnp.minimum(self.row, self.factor.shape[0] - 1),)
         return self.scale * blocks.load_tokens(self.factor, at, start, self.tiles.queries, self.length, 0.0)
 
-    def sees(self, start, key):
-        """bool [R,J]"""
+    def sees(self, start, key, across):
+        """Which queries see which keys; `across` turns [R] and [J] into what broadcasts to the scores."""
         at, size = (jnp.minimum(self.row, self.last.shape[0] - 1),), self.tiles.queries
         last_R = blocks.load_tokens(self.last, at, start, size, self.length, -1)
-        sees_RJ = (key + jnp.arange(self.tiles.keys))[None, :] <= last_R[:, None]
-        if self.ids is not None:
-            ids_R = blocks.load_tokens(self.ids, (self.row,), start, size, self.length, -1)
-            ids_J = blocks.load_tokens(self.key_ids, (self.row,), key, self.tiles.keys, self.slots, -1)
-            sees_RJ &= ids_R[:, None] == ids_J[None, :]
-        return sees_RJ
+        last, keys = across(last_R, key + jnp.arange(self.tiles.keys))
+        if self.ids is None:
+            return keys <= last
+        ids_R = blocks.load_tokens(self.ids, (self.row,), start, size, self.length, -1)
+        ids_J = blocks.load_tokens(self.key_ids, (self.row,), key, self.tiles.keys, self.slots, -1)
+        ids, key_ids = across(ids_R, ids_J)
+        return (keys <= last) & (ids == key_ids)
 
 
 def _dq_kernel(spans_ref, *refs, tiles: Tiles, scale, segmented: bool, interpret: bool):
@@ -119,7 +135,8 @@ def _dq_kernel(spans_ref, *refs, tiles: Tiles, scale, segmented: bool, interpret
         k_JD, v_JD = rows.keys(rows.k, key, kv_head), rows.keys(rows.v, key, kv_head)
         weights_RJ = jnp.exp2(rows.dot(q_RD, k_JD, 1, 1) * (factor_R1 * LOG2_E) - log_sum_R[:, None])
         if masked:
-            weights_RJ = jnp.where(rows.sees(start, key), weights_RJ, 0.0)
+            sees_RJ = rows.sees(start, key, lambda r, j: (r[:, None], j[None, :]))
+            weights_RJ = jnp.where(sees_RJ, weights_RJ, 0.0)
         dscores_RJ = weights_RJ * (rows.dot(do_RD, v_JD, 1, 1) - inner_R[:, None])
         return dq_RD + rows.dot(dscores_RJ.astype(rows.dtype), k_JD, 1, 0)
 
@@ -151,7 +168,8 @@ def _dkv_kernel(spans_ref, *refs, tiles: Tiles, scale, segmented: bool, interpre
         factor_1R = jnp.broadcast_to(factor, (tiles.queries,))[None, :]
         weights_JR = jnp.exp2(rows.dot(k_JD, q_RD, 1, 1) * (factor_1R * LOG2_E) - log_sum_R[None, :])
         if masked:
-            weights_JR = jnp.where(rows.sees(start, key).T, weights_JR, 0.0)
+            seen_JR = rows.sees(start, key, lambda r, j: (r[None, :], j[:, None]))
+            weights_JR = jnp.where(seen_JR, weights_JR, 0.0)
         dv_JD += rows.dot(weights_JR.astype(rows.dtype), do_RD, 1, 0)
         dscores_JR = weights_JR * (rows.dot(v_JD, do_RD, 1, 1) - inner_R[None, :])
         if rows.factor is not None:
