@@ -9,9 +9,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kernels_pallas import dispatch
-from kernels_pallas.lightning import reference, xla
+from kernels_pallas.lightning import gpu, gpu_decode, reference, tpu, xla
 
-BACKENDS = dispatch.table(xla.BACKEND, reference.BACKEND)
+BACKENDS = dispatch.table(tpu.BACKEND, gpu.BACKEND, xla.BACKEND, reference.BACKEND)
+DECODE_BACKENDS = dispatch.table(gpu_decode.BACKEND, xla.DECODE_BACKEND)
 
 
 def slopes(num_heads: int) -> np.ndarray:
@@ -41,6 +42,7 @@ def lightning_attention(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     precision: str = "default",
+    short_memory: float | None = None,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Linear attention with a fixed decay a head (HypeNet, arXiv 2601.22156, section 3).
@@ -57,6 +59,10 @@ def lightning_attention(
         ids are padding, which reads nothing, writes nothing and neither decays nor resets the state. None is one
         document a row.
       precision: "default" multiplies matrices in the input dtype with float32 accumulation; "high" in float32.
+      short_memory: where a backend cuts a row into segments that run at once, it may start each from the tokens just
+        before it instead of the whole row: per head, those that have decayed to no less than 2^-short_memory. What is
+        left out of a state is below 2^-short_memory of the same tokens undecayed; 24 or more is below float32's
+        rounding of keys and values of one size. None is exact, and so are backends that cut nothing, and documents.
       backend: a name in `BACKENDS`, or "auto".
 
     Returns:
@@ -67,6 +73,8 @@ def lightning_attention(
     """
     _check(q_BTHK, k_BTHK, v_BTHV, slopes_H, initial_state, segment_ids)
     _check_precision(precision)
+    if short_memory is not None and not short_memory > 0:
+        raise ValueError(f"short_memory is {short_memory} but must be a positive number of bits")
     call = {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV}
     chosen = dispatch.choose("lightning_attention", BACKENDS, backend, call)
     return chosen.function(
@@ -78,6 +86,7 @@ def lightning_attention(
         initial_state=initial_state,
         segment_ids=segment_ids,
         precision=precision,
+        short_memory=short_memory,
     )
 
 
@@ -129,6 +138,7 @@ def lightning_decode_step(
     *,
     scale: float | None = None,
     valid_B: jax.Array | None = None,
+    backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `lightning_attention`, all in float32.
 
@@ -138,12 +148,15 @@ def lightning_decode_step(
       state_BHKV: float32, before the token.
       scale: factor of the output; None is K**-0.5.
       valid_B: bool; a False row keeps its state and gives zeros. None is all True.
+      backend: a name in `DECODE_BACKENDS`, or "auto". Donate the state to have it updated in place.
 
     Returns:
       o_BHV in v's dtype and the float32 state after the token.
     """
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else float(scale)
-    return xla.decode_step(q_BHK, k_BHK, v_BHV, slopes_H, state_BHKV, valid_B, scale=scale)
+    call = {"q_BHK": q_BHK, "v_BHV": v_BHV, "state_BHKV": state_BHKV}
+    chosen = dispatch.choose("lightning_decode_step", DECODE_BACKENDS, backend, call)
+    return chosen.function(q_BHK, k_BHK, v_BHV, slopes_H, state_BHKV, valid_B, scale=scale)
 
 
 def _check(

@@ -19,6 +19,7 @@ class Options(NamedTuple):
     scale: float
     high: bool  # multiply matrices in float32
     interpret: bool = False
+    short_memory: float | None = None  # bits, see `api.lightning_attention`
     wide: bool = False  # dq and dk in float32, whatever the inputs: a log decay's gradient is their small difference
 
 
@@ -48,10 +49,11 @@ def backend_function(passes: Passes) -> Callable[..., tuple[jax.Array, jax.Array
         initial_state: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         precision: str = "default",
+        short_memory: float | None = None,
         interpret: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         slopes_H = None if slopes_H is None else jnp.asarray(slopes_H, jnp.float32)
-        options = Options(scale, precision == "high", interpret)
+        options = Options(scale, precision == "high", interpret, short_memory)
         decay = Decay(slopes_H, log_decay_BTH)
         return _jitted(passes, options, q_BTHK, k_BTHK, v_BTHV, decay, initial_state, segment_ids)
 

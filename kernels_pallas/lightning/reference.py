@@ -20,10 +20,11 @@ def recurrence(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     precision: str = "default",
+    short_memory: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api`. Float32 throughout (float64 for float64 inputs), whatever `precision` says."""
-    del precision, interpret
+    del precision, short_memory, interpret
     dtype = jnp.promote_types(jnp.result_type(q_BTHK, k_BTHK, v_BTHV), jnp.float32)
     if log_decay_BTH is None:
         log_decay_BTH = -jax.lax.stop_gradient(jnp.asarray(slopes_H, dtype))

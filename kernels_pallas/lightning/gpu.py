@@ -1,0 +1,127 @@
+"""The recurrence on a GPU: a pass that makes states, then one that makes outputs; backward one for each gradient.
+
+Bytes, in units u of one [B,T,H,D] tensor: forward 2u + 4u, backward 2u + 12u; the passes of 2u fall away where one
+segment a row fills the chip. No temporary is larger than the segments' states.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.compat import compute_capability, platform
+from kernels_pallas.dispatch import Backend
+from kernels_pallas.lightning.gpu_kernels import Layout, Tiles, joined_states, local_states, scan
+from kernels_pallas.lightning.marks import Decay, Marks, marks
+from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
+
+WIDTHS = (16, 32, 64, 128, 256)
+PROGRAMS = 132  # one on each multiprocessor of an H100
+MIN_CHUNKS = 4  # a segment: fewer would spend more on states than on tokens
+
+
+class Plan(NamedTuple):
+    """The tiles of the kernels, which must agree on the tokens a chunk: the marks are made for one."""
+
+    states: Tiles
+    scan: Tiles
+
+
+def plan(options: Options, width: int, key_width: int, dtype) -> Plan:
+    """Tiles by head width, dtype and machine. Measured on an H100 at width 128 in bfloat16 (docs/decisions/0016)."""
+    exact = options.high or dtype == jnp.float32
+    roomy = compute_capability()[0] in (9, 10)  # over 200 KB of shared memory: Hopper, and Blackwell's large chips
+    columns = min(width, 64 if exact or key_width > 128 else 128)
+    tiles = Tiles(64 if roomy and not exact else 32, columns, 4 if min(width, key_width) <= 64 else 8, 2)
+    if exact or not roomy or key_width > 128:
+        return Plan(tiles, tiles)
+    return Plan(tiles._replace(stages=4), tiles._replace(stages=3))
+
+
+def forward(options: Options, q, k, v, decay: Decay, initial_state, segment_ids, tiles: Plan | None = None):
+    """See `recurrence.Passes`; what is saved are the states before the segments."""
+    tiles = tiles or plan(options, v.shape[-1], k.shape[-1], q.dtype)
+    layout = _layout(options, tiles, q, v)
+    rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])
+    starts = _starts(layout, tiles.states, rates, marked, k, v, initial_state, options.short_memory)
+    scales = layout._replace(out_scale=options.scale, scores_scale=options.scale)
+    o, state = scan(scales, tiles.scan, rates, marked, q, k, v, starts, v.dtype)
+    return o, state, starts
+
+
+def backward(
+    options: Options, q, k, v, decay: Decay, initial_state, segment_ids, saved, do, dstate, tiles: Plan | None = None
+):
+    """See `recurrence.Passes`."""
+    del initial_state
+    tiles = tiles or plan(options, v.shape[-1], k.shape[-1], q.dtype)
+    wide = [jnp.float32, jnp.float32, v.dtype] if options.wide else [q.dtype, k.dtype, v.dtype]
+    layout = _layout(options, tiles, q, v)
+    rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])
+    ahead = layout._replace(out_scale=options.scale, scores_scale=options.scale)
+    dq, _ = scan(ahead, tiles.scan, rates, marked, do, v, k, jnp.swapaxes(saved, -1, -2), wide[0])
+    back = layout._replace(reverse=True, in_scale=options.scale, scores_scale=options.scale)
+    starts = _starts(back, tiles.states, rates, marked, q, do, dstate.astype(jnp.float32), options.short_memory)
+    starts = starts[:, ::-1]  # in the order of the row
+    dv, dinitial = scan(back, tiles.scan, rates, marked, k, q, do, starts, wide[2])
+    dk, _ = scan(back, tiles.scan, rates, marked, v, do, q, jnp.swapaxes(starts, -1, -2), wide[1])
+    return dq, dk, dv, dinitial
+
+
+def _layout(options: Options, tiles: Plan, q, v) -> Layout:
+    batch, length, heads, _ = q.shape
+    chunks = -(-length // tiles.scan.chunk)
+    programs = batch * heads * (v.shape[-1] // tiles.scan.columns)
+    segments = max(1, min(PROGRAMS // programs, chunks // MIN_CHUNKS))
+    per_segment = -(-chunks // segments)
+    exact = options.high or q.dtype == jnp.float32
+    return Layout(False, length, -(-chunks // per_segment), per_segment, exact, options.interpret)
+
+
+def _rates(decay: Decay, chunk: int, length: int, segment_ids, heads: int) -> tuple[jax.Array, Marks | tuple[()]]:
+    """The heads' rates, and the marks where tokens differ: documents, decays of their own, a last chunk not full."""
+    if segment_ids is None and decay.slopes_H is not None and length % chunk == 0:
+        return decay.slopes_H, ()
+    return jnp.zeros(heads, jnp.float32), marks(decay, chunk, length, segment_ids)
+
+
+def _starts(layout: Layout, tiles: Tiles, rates, marked, k, v, first_state, short_memory) -> jax.Array:
+    """The state that each segment starts from, in the order of the scan."""
+    if layout.segments == 1:
+        return first_state[:, None]
+    batch, _, heads, _ = k.shape
+    chunks = -(-layout.length // tiles.chunk)
+    edges = jnp.minimum(jnp.arange(layout.segments + 1) * layout.per_segment, chunks)
+    reach = jnp.full(heads, chunks, jnp.int32)
+    if marked:
+        totals_bhN = jnp.pad(jnp.cumsum(marked.lag_bhNC[..., -1], axis=-1), ((0, 0), (0, 0), (1, 0)))
+        lives_bN = marked.state_bN1[:, edges[1:]] == marked.state_bN1[:, edges[:-1]]
+        keep = jnp.where(lives_bN[:, None], jnp.exp(-jnp.diff(totals_bhN[..., edges], axis=-1)), 0.0).swapaxes(1, 2)
+    else:
+        keep = jnp.exp(-rates * (tiles.chunk * jnp.diff(edges))[:, None])[None]
+        if short_memory is not None:
+            tokens = short_memory * math.log(2.0) / jnp.maximum(rates, 1e-30)
+            reach = jnp.minimum(jnp.ceil(tokens / tiles.chunk), chunks).astype(jnp.int32)
+    # In the order of the scan; what outlives its last segment is the scan's own business.
+    keep = keep[:, :0:-1] if layout.reverse else keep[:, :-1]
+    keep = jnp.broadcast_to(keep, (batch, layout.segments - 1, heads))
+    return joined_states(layout.interpret, local_states(layout, tiles, rates, reach, marked, k, v), keep, first_state)
+
+
+def _refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:
+    if platform() != "gpu":
+        return f"it runs on a GPU and this is {platform()}"
+    for name, x in (("q", q_BTHK), ("k", k_BTHK), ("v", v_BTHV)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}, and it takes float32 and bfloat16"
+        if x.shape[-1] not in WIDTHS:
+            return f"{name} has width {x.shape[-1]}, and it takes {', '.join(map(str, WIDTHS))}"
+    if not q_BTHK.dtype == k_BTHK.dtype == v_BTHV.dtype:
+        return f"q, k, v are {q_BTHK.dtype}, {k_BTHK.dtype}, {v_BTHV.dtype}, and it takes one dtype"
+    return None
+
+
+BACKEND = Backend("gpu", backend_function(Passes(forward, backward)), _refuses)
