@@ -28,7 +28,7 @@ MAX_ROWS = 64  # T * G beyond this would spill; so many queries are better off i
 
 
 class Tiles(NamedTuple):
-    """Sizes of the kernel. `splits` None: whole waves of programs on an H100's 132 multiprocessors."""
+    """Sizes of the kernel. `splits` None: see `splits_for`."""
 
     keys: int
     num_warps: int
@@ -51,7 +51,7 @@ def cached_attention(
     if logit_scale is not None:
         logit_scale = jnp.broadcast_to(logit_scale.astype(jnp.float32), q_BTHD.shape[:2])
     tiles = tiles or tiles_for(q_BTHD, k_BSKD)
-    splits = tiles.splits or splits_for(tiles, q_BTHD.shape[0] * k_BSKD.shape[2], k_BSKD.shape[1])
+    splits = tiles.splits or splits_for(tiles, q_BTHD.shape[0], k_BSKD)
     return _cached(tiles, splits, scale, interpret, q_BTHD, k_BSKD, v_BSKD, q_positions_BT, logit_scale)
 
 
@@ -61,19 +61,23 @@ def fits(q_BTHD: jax.Array, k_BSKD: jax.Array) -> bool:
 
 
 def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiles:
-    """Block sizes by the bytes of a block of keys, so that three stages also fit in an Ada card's 100 KB."""
+    """Blocks of 16 KB at most of K and of V: with three stages, two of each in flight, they also fit an Ada card."""
     width = columns(k_BSKD.shape[3]) * k_BSKD.dtype.itemsize
     return Tiles(keys=max(16, min(128, 16384 // width)), num_warps=4, num_stages=3)
 
 
-def splits_for(tiles: Tiles, pairs: int, slots: int) -> int:
-    """How many shares each of `pairs` (batch row, kv head) makes of its keys.
+def splits_for(tiles: Tiles, batch: int, k_BSKD: jax.Array) -> int:
+    """How many shares each (batch row, kv head) makes of its keys: the fewest whole waves of programs on an H100.
 
-    Two programs fit on a multiprocessor; of up to eight waves, the number that leaves the fewest places idle.
+    As many programs run on one of its 132 multiprocessors as their blocks fit its 227 KB of shared memory.
     """
-    places, most = 2 * 132, max(1, slots // (4 * tiles.keys))
-    choices = [(waves, max(1, min(most, waves * places // pairs))) for waves in range(1, 9)]
-    return max(choices, key=lambda c: (round(c[1] * pairs / (c[0] * places), 2), -c[0]))[1]
+    slots, heads, width = k_BSKD.shape[1:]
+    used = 2 * (tiles.num_stages - 1) * tiles.keys * columns(width) * k_BSKD.dtype.itemsize + 8192
+    programs = 132 * min(4, max(1, 227 * 1024 // used))
+    pairs, most = batch * heads, max(1, slots // (4 * tiles.keys))
+    fills = {waves: waves * programs // pairs * pairs / (waves * programs) for waves in range(1, 9)}
+    waves = next((waves for waves, filled in fills.items() if filled > 0.96), 8)
+    return max(1, min(most, waves * programs // pairs))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
