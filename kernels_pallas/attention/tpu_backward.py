@@ -110,7 +110,8 @@ def backward(
         ),
         name="attention_backward",
     )
-    zeros = jnp.zeros(q_BHTD.shape, dtype)
+    axes = frozenset().union(*(compat.varying_axes(x) for x in arrays))
+    zeros = compat.vary(jnp.zeros(q_BHTD.shape, dtype), axes)
     inputs = (k_BKSD, v_BKSE, rows.key_ids_B1S, q_BHTD, do_BHTE, by_head_BH2T, rows.tokens_B3T, zeros)
     dk, dv, dq, _ = call(*prefetched, *inputs)
     return dq, dk, dv

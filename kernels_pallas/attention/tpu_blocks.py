@@ -42,7 +42,7 @@ class Tables(NamedTuple):
 
     A pair needs no mask if the query block's `only` id is the key block's (-1 and -2 where a block holds several ids or
     padding) and the key block ends at or before `reach`. `visited` is the span of key blocks whose own span has the
-    query block in it (a span may hold blocks that do not meet).
+    query block in it (spans may hold blocks that do not meet).
     """
 
     query_first: jax.Array
@@ -86,36 +86,49 @@ def rows(last_BT: jax.Array, ids_BT: jax.Array, factor_BT: jax.Array, key_ids_BS
 
 
 def tables(rows: Rows, blocks: Blocks) -> Tables:
-    """A pair is visited unless all of the key block lies beyond what the query block may see, or no id is in both."""
-    batch = rows.tokens_B3T.shape[0]
-    last_BNR, ids_BNR = (rows.tokens_B3T[:, n].reshape(batch, -1, blocks.queries) for n in (0, 1))
-    ids_BMJ = rows.key_ids_B1S.reshape(batch, -1, blocks.keys)
-    sees, highest = last_BNR >= 0, jnp.iinfo(jnp.int32).max
-    smallest_BN = jnp.min(jnp.where(sees, ids_BNR, highest), axis=2)
-    largest_BN = jnp.max(jnp.where(sees, ids_BNR, FOREIGN), axis=2)
-    start_M = jnp.arange(ids_BMJ.shape[1], dtype=jnp.int32) * blocks.keys
-    meets_BNM = (
-        (jnp.min(ids_BMJ, axis=2)[:, None] <= largest_BN[..., None])
-        & (jnp.max(ids_BMJ, axis=2)[:, None] >= smallest_BN[..., None])
-        & (start_M <= jnp.max(last_BNR, axis=2)[..., None])
+    """A pair is visited unless all of the key block lies beyond what the query block may see, or no id is in both.
+
+    Exact where ids grow along the sequence; ids in any order only make the spans longer than they need be.
+    """
+    # Row by row: XLA takes many seconds to compile the same for all rows at once.
+    by_row = jax.lax.map(
+        lambda row: _tables_of_row(*row, blocks), (rows.tokens_B3T[:, 0], rows.tokens_B3T[:, 1], rows.key_ids_B1S[:, 0])
     )
-    key_first, key_end = _span(meets_BNM, 1)
-    place_N = jnp.arange(ids_BNR.shape[1], dtype=jnp.int32)[:, None]
-    visited_BNM = (key_first[:, None] <= place_N) & (place_N < key_end[:, None])
-    by_block = Tables(
-        *_span(meets_BNM, 2),
-        jnp.where(_uniform(ids_BNR), ids_BNR[..., 0], -1),
-        jnp.min(last_BNR, axis=2),
+    return Tables(*(x.reshape(-1) for x in by_row))
+
+
+def _tables_of_row(last_T: jax.Array, ids_T: jax.Array, key_ids_S: jax.Array, blocks: Blocks) -> Tables:
+    smallest_N, largest_N = _extremes(ids_T, last_T >= 0, blocks.queries)
+    smallest_M, largest_M = _extremes(key_ids_S, key_ids_S >= 0, blocks.keys)
+    reach_N = _largest(last_T, blocks.queries)
+    start_M = jnp.arange(smallest_M.shape[0], dtype=jnp.int32) * blocks.keys
+    meets_NM = (smallest_M <= largest_N[:, None]) & (largest_M >= smallest_N[:, None]) & (start_M <= reach_N[:, None])
+    key_first, key_end = _span(meets_NM, 0)
+    place_N = jnp.arange(reach_N.shape[0], dtype=jnp.int32)[:, None]
+    visited_NM = (key_first <= place_N) & (place_N < key_end)
+    has_padding_M = _largest(~key_ids_S, blocks.keys) >= 0
+    return Tables(
+        *_span(meets_NM, 1),
+        jnp.where(smallest_N == largest_N, smallest_N, -1),
+        ~_largest(~last_T, blocks.queries),
         key_first,
         key_end,
-        jnp.where(_uniform(ids_BMJ), ids_BMJ[..., 0], -2),
-        *_span(visited_BNM, 2),
+        jnp.where((smallest_M == largest_M) & ~has_padding_M, smallest_M, -2),
+        *_span(visited_NM, 1),
     )
-    return Tables(*(x.reshape(-1) for x in by_block))
 
 
-def _uniform(ids: jax.Array) -> jax.Array:
-    return (jnp.min(ids, axis=2) == jnp.max(ids, axis=2)) & (ids[..., 0] >= 0)
+def _largest(x_T: jax.Array, block: int) -> jax.Array:
+    """[T] -> [N], over the tokens of each block."""
+    # In two steps, the first along the lanes as they are: other ways to split a long row take XLA seconds to compile.
+    within = min(LANES, block)
+    return jnp.max(jnp.max(x_T.reshape(-1, within), axis=1).reshape(-1, block // within), axis=1)
+
+
+def _extremes(ids_T: jax.Array, counts_T: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """The smallest and largest id of each block, the wrong way round where none counts."""
+    smallest = ~_largest(jnp.where(counts_T, ~ids_T, FOREIGN), block)
+    return smallest, _largest(jnp.where(counts_T, ids_T, FOREIGN), block)
 
 
 def _span(meets: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
