@@ -1,0 +1,23 @@
+"""The Lightning recurrence as cases of `aot`: forward, or outputs and all gradients."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.lightning import lightning_attention
+
+
+def lightning(length, width=128, heads=16, batch=1, dtype="bfloat16", backend="auto", segments=False, backward=False):
+    tokens = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
+    state = jax.ShapeDtypeStruct((batch, heads, width, width), jnp.float32)
+    rates, ids = jax.ShapeDtypeStruct((heads,), jnp.float32), jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def forward(q, k, v, state, rates, ids):
+        ids = ids if segments else None
+        return lightning_attention(q, k, v, rates, initial_state=state, segment_ids=ids, backend=backend)
+
+    def both(q, k, v, state, do, dstate, rates, ids):
+        outputs, pull = jax.vjp(lambda *x: forward(*x, rates, ids), q, k, v, state)
+        return outputs, pull((do, dstate))
+
+    arguments = [tokens, tokens, tokens, state, *([tokens, state] if backward else []), rates, ids]
+    return both if backward else forward, arguments, list(range(len(arguments) - 2))
