@@ -15,11 +15,13 @@ to no document and adds nothing to the lag.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+BLOCK = 128
 
 
 class Decay(NamedTuple):
@@ -43,21 +45,19 @@ class Marks(NamedTuple):
 
 def marks(decay: Decay, chunk: int, length: int, segment_ids: jax.Array | None) -> Marks:
     """The marks of rows of `length` tokens, the tail filled up to whole chunks with padding."""
-    if segment_ids is None:
-        segment_ids = jnp.zeros((1, length), jnp.int32)
-    ids = jnp.pad(segment_ids, ((0, 0), (0, -length % chunk)), constant_values=-1)
+    ids = _in_chunks(jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids, chunk, -1)
     real = ids >= 0
-    document = _documents(ids, real)
-    state = jnp.pad(document[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))
-    document = jnp.where(real, document, -1).reshape(ids.shape[0], -1, chunk)
+    document, _ = _documents(ids)
+    state = jnp.pad(document[..., -1], ((0, 0), (1, 0)))
+    causal = jnp.tri(chunk, dtype=bool)
     if decay.log_decay_BTH is None:
-        count_bNC = _running(jnp.sum, 0, real.reshape(document.shape).astype(jnp.int32))
+        count_bNC = jnp.sum(causal & real[..., None, :], axis=-1, dtype=jnp.int32)
         lag = jnp.asarray(decay.slopes_H, jnp.float32)[:, None, None] * count_bNC[:, None]
     else:
-        rate = jnp.pad(-decay.log_decay_BTH.astype(jnp.float32), ((0, 0), (0, -length % chunk), (0, 0)))
-        rate = jnp.where(real[..., None], rate, 0.0).swapaxes(1, 2)
-        lag = _running(jnp.sum, 0.0, rate.reshape(*rate.shape[:2], -1, chunk))
-    return Marks(lag, document, state)
+        rate = _in_chunks(-decay.log_decay_BTH.astype(jnp.float32).swapaxes(1, 2), chunk, 0)
+        rate = jnp.where(real[:, None], rate, 0.0)
+        lag = jnp.sum(jnp.where(causal, rate[..., None, :], 0.0), axis=-1)
+    return Marks(lag, jnp.where(real, document, -1), state)
 
 
 def log_decay_gradient(q, k, dq, dk, state, dstate, segment_ids) -> jax.Array:
@@ -71,45 +71,75 @@ def log_decay_gradient(q, k, dq, dk, state, dstate, segment_ids) -> jax.Array:
     flow_BTH -= jnp.sum(k.astype(jnp.float32) * dk.astype(jnp.float32), axis=-1)
     end_BH = jnp.sum(state * dstate, axis=(-2, -1))
     batch, length = flow_BTH.shape[:2]
-    ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
-    real = ids >= 0
-    document = _documents(ids, real)
-    last = jnp.arange(length) == length - 1
-    flow_BTH = jnp.where(real[..., None], flow_BTH, 0.0) + jnp.where(last[:, None], end_BH[:, None], 0.0)
-    begins = jnp.pad(document[:, 1:] != document[:, :-1], ((0, 0), (1, 0)))
-    ends = jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-
-    def add(later, earlier):
-        return jnp.where(earlier[1], earlier[0], later[0] + earlier[0]), later[1] | earlier[1]
-
-    marks_BTH = jnp.broadcast_to(ends[..., None], flow_BTH.shape)
-    summed, _ = jax.lax.associative_scan(add, (flow_BTH, marks_BTH), reverse=True, axis=1)
+    ids = _in_chunks(jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids, BLOCK, -1)
+    document, begins = _documents(ids)
+    flow = jnp.where((ids >= 0)[:, None], _in_chunks(flow_BTH.swapaxes(1, 2), BLOCK, 0), 0.0)
+    flow = flow.at[:, :, -1, -1].add(end_BH)
+    summed = _sums_to_the_end(flow, document)
     # The state resets at the first token of a later document, whose decay has nothing to act on.
-    return jnp.where((real & ~begins)[..., None], summed, 0.0)
+    summed = jnp.where(((ids >= 0) & ~begins)[:, None], summed, 0.0)
+    return summed.reshape(*summed.shape[:2], -1)[..., :length].swapaxes(1, 2)
 
 
-def _documents(ids_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-    """The number of documents begun before or at each token, less the first: padding carries it on."""
-    # A document begins where the id differs from the last real token's, however many padding tokens lie between.
-    places = jnp.where(real_BT, jnp.arange(ids_BT.shape[1]), -1)
-    last = jnp.pad(_running(jnp.max, -1, places)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    begins = real_BT & (last >= 0) & (ids_BT != jnp.take_along_axis(ids_BT, jnp.maximum(last, 0), axis=1))
-    return _running(jnp.sum, 0, begins.astype(jnp.int32))
+# XLA's cumulative operations and gathers over 131,072 tokens take the TPU compiler most of a minute. These reduce blocks
+# under a triangular mask, and go over what the blocks come to likewise.
 
 
-def _running(reduce: Callable[..., jax.Array], identity: float, x: jax.Array) -> jax.Array:
-    """The inclusive running `reduce` (jnp.sum, jnp.max) along the last axis.
+def _documents(ids_BNC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The number of documents begun before or at each token, less the first; and whether one begins there.
 
-    By masked reductions of blocks of 128, then of the blocks' results: XLA's own cumulative operations over 131,072
-    tokens take the TPU compiler most of a minute.
+    A document begins where the id differs from the last real token's, however many padding tokens lie between; padding
+    belongs with the tokens before it.
     """
-    length = x.shape[-1]
-    width = min(length, 128)
-    fill = [(0, 0)] * (x.ndim - 1) + [(0, -length % width)]
-    blocks = jnp.pad(x, fill, constant_values=identity).reshape(*x.shape[:-1], -1, width)
-    blocks = reduce(jnp.where(jnp.tri(width, dtype=bool), blocks[..., None, :], identity), axis=-1)
-    if blocks.shape[-2] > 1:
-        ends = _running(reduce, identity, blocks[..., -1])[..., :-1]
-        before = jnp.pad(ends, [(0, 0)] * (x.ndim - 1) + [(1, 0)], constant_values=identity)
-        blocks = reduce(jnp.stack([blocks, jnp.broadcast_to(before[..., None], blocks.shape)]), axis=0)
-    return blocks.reshape(*x.shape[:-1], -1)[..., :length]
+    last = _last_real_before(ids_BNC)
+    begins = (ids_BNC >= 0) & (last >= 0) & (ids_BNC != last)
+    return _sum_before(begins.astype(jnp.int32)) + begins, begins
+
+
+def _last_real_before(ids: jax.Array) -> jax.Array:
+    """The last id that is not negative before each place of [.., N, C] in reading order; -1 before the first."""
+    places = jnp.arange(ids.shape[-1])
+
+    def last(seen):
+        place = jnp.max(jnp.where(seen & (ids[..., None, :] >= 0), places, -1), axis=-1)
+        at = jnp.sum(jnp.where(places == place[..., None], ids[..., None, :], 0), axis=-1)
+        return jnp.where(place >= 0, at, -1)
+
+    within = last(places < places[:, None])
+    if ids.shape[-2] == 1:
+        return within
+    before = _last_real_before(_in_chunks(last(True)[..., 0], BLOCK, -1))
+    return jnp.where(within >= 0, within, _flat(before, ids.shape[-2])[..., None])
+
+
+def _sum_before(x: jax.Array) -> jax.Array:
+    """The sum over the places of [.., N, C] before each, in reading order."""
+    within = jnp.sum(jnp.where(jnp.tri(x.shape[-1], k=-1, dtype=bool), x[..., None, :], 0), axis=-1, dtype=x.dtype)
+    if x.shape[-2] == 1:
+        return within
+    before = _sum_before(_in_chunks(jnp.sum(x, axis=-1, dtype=x.dtype), BLOCK, 0))
+    return within + _flat(before, x.shape[-2])[..., None]
+
+
+def _sums_to_the_end(x_BHNC: jax.Array, document_BNC: jax.Array) -> jax.Array:
+    """The sum over each token's document from the token on."""
+    first, last = document_BNC[..., :1], document_BNC[..., -1:]
+    one_document = document_BNC[..., :, None] == document_BNC[..., None, :]
+    later = one_document & jnp.tri(document_BNC.shape[-1], dtype=bool).T
+    within = jnp.sum(jnp.where(later[:, None], x_BHNC[..., None, :], 0.0), axis=-1)
+    # The documents of later chunks are counted up, so that a chunk's last one reaches as far as chunks begin with it.
+    opening_BHN = jnp.sum(jnp.where((document_BNC == first)[:, None], x_BHNC, 0.0), axis=-1)
+    reached = (last == first.swapaxes(1, 2)) & jnp.tri(first.shape[1], k=-1, dtype=bool).T
+    beyond_BHN = jnp.sum(jnp.where(reached[:, None], opening_BHN[:, :, None], 0.0), axis=-1)
+    return within + jnp.where((document_BNC == last)[:, None], beyond_BHN[..., None], 0.0)
+
+
+def _in_chunks(x: jax.Array, chunk: int, fill: float) -> jax.Array:
+    """[.., T] -> [.., N, chunk], the tail filled up."""
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % chunk)]
+    return jnp.pad(x, widths, constant_values=fill).reshape(*x.shape[:-1], -1, chunk)
+
+
+def _flat(x: jax.Array, length: int) -> jax.Array:
+    """[.., N, C] -> [.., length], the tail dropped."""
+    return x.reshape(*x.shape[:-2], -1)[..., :length]

@@ -30,6 +30,8 @@ from kernels_pallas.lightning.recurrence import Options, Passes, backend_functio
 CHUNK = 128
 READS, WRITES, KEEPS, FLAG_BITS = 1, 2, 4, 3
 WIDEST = 256
+WIDE_STATE_BYTES = 2**17  # beyond it half as much is unrolled, lest the compiler's temporaries fill VMEM
+VMEM_BYTES = 16 * 2**20  # what a kernel may use unless it asks for more; the chips have several times as much
 
 
 class Blocks(NamedTuple):
@@ -217,10 +219,11 @@ def _sweep(
 ):
     """Runs a sweep on arrays [B,H,T,D]; `outs` are (width, dtype) of the outputs."""
     batch, heads, length = inputs[0].shape[:3]
-    blocks = _fitted(blocks, length)
+    dtype = jnp.float32 if options.high else jnp.result_type(*inputs)
+    wide = state.shape[2] * state.shape[3] * jnp.dtype(dtype).itemsize > WIDE_STATE_BYTES
+    blocks = _fitted(Blocks(max(blocks.chunks // 2, 1), max(blocks.unrolled // 2, 1)) if wide else blocks, length)
     tokens = blocks.chunks * CHUNK
     steps = -(-length // tokens)
-    dtype = jnp.float32 if options.high else jnp.result_type(*inputs)
     plan = Plan(sweep, length, blocks, options.scale, dtype, isinstance(decay, tuple))
 
     def at(t):
@@ -247,8 +250,12 @@ def _sweep(
     shapes: list[Any] = [*operands, *out_shape]
     moved = sum(x.size * x.dtype.itemsize for x in shapes)
     flops = 2 * batch * heads * length * sweep.products * state.shape[2] * state.shape[3]
+    # Each block twice, so that the next is fetched meanwhile, and the compiler's own temporaries.
+    widths = [*(x.shape[-1] * x.dtype.itemsize for x in inputs), *(w * jnp.dtype(d).itemsize for w, d in outs)]
+    vmem = 2 * tokens * sum(widths) + VMEM_BYTES // 2
     return compat.tpu_call(
         partial(_kernel, plan, len(inputs)),
+        vmem_limit_bytes=max(vmem, VMEM_BYTES),
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         interpret=options.interpret,
         grid=(batch, heads, steps),
