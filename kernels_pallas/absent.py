@@ -18,7 +18,7 @@ def open_topology(name: str, gpu: str | None = None) -> list[Any]:
     """The devices of an absent machine, for shardings of what is compiled for it.
 
     Args:
-      name: "v5e", "v5p", "v6e", or a topology as libtpu names it ("v5e:4x4"); "gpu" for the machine that `gpu` tells of.
+      name: "v5e", "v5p", "v6e", or a topology as libtpu names it ("v5e:4x4"); "gpu" for the one `gpu` tells of.
       gpu: the text of XLA's GpuTargetConfigProto.
 
     Raises:

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 BLOCK = 128
 
 
@@ -81,8 +80,8 @@ def log_decay_gradient(q, k, dq, dk, state, dstate, segment_ids) -> jax.Array:
     return summed.reshape(*summed.shape[:2], -1)[..., :length].swapaxes(1, 2)
 
 
-# XLA's cumulative operations and gathers over 131,072 tokens take the TPU compiler most of a minute. These reduce blocks
-# under a triangular mask, and go over what the blocks come to likewise.
+# XLA's cumulative operations and gathers over 131,072 tokens take the TPU compiler most of a minute. These reduce
+# blocks under a triangular mask, and go over what the blocks come to likewise.
 
 
 def _documents(ids_BNC: jax.Array) -> tuple[jax.Array, jax.Array]:
