@@ -14,6 +14,7 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from hypenet_jax.errors import HypenetError
 
@@ -29,6 +30,10 @@ REFUSALS = (
 # command -> (help, example); the order is that of a user's first day.
 COMMANDS = {
     "doctor": ("versions, devices, which kernels work here, and a numerical self-check", "hypenet doctor"),
+    "bench": (
+        "measure the kernels against this machine's ceilings and the peers installed here",
+        "hypenet bench kernels --only lightning decode --json kernels.json",
+    ),
     "import": (
         "read a Hugging Face directory or a GGUF file, check it, and write a Hugging Face directory",
         "hypenet import SmolLM2-135M-Instruct.Q4_1.gguf smollm2",
@@ -160,6 +165,18 @@ def _doctor(arguments: argparse.Namespace) -> None:
         raise HypenetError("the self-check found a kernel outside its tolerance; see the table above")
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.halo.workdir import write_json
+    from kernels_pallas.bench import bench
+
+    path = arguments.json and pathlib.Path(arguments.json)
+    if path and (path.exists() or not path.parent.is_dir()):
+        raise HypenetError(f"cannot write {path}: it exists, or its directory does not; name a new file")
+    result = bench(tuple(arguments.only), small=arguments.small or None, say=partial(print, flush=True))
+    if path:
+        write_json(path, result)
+
+
 def _import(arguments: argparse.Namespace) -> None:
     from hypenet_jax import hub
 
@@ -233,6 +250,7 @@ def _prompt(argument: str) -> str:
 
 SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
     "doctor": _doctor,
+    "bench": _bench,
     "import": _import,
     "pack": _pack,
     "report": _report,
@@ -264,6 +282,11 @@ def _parser() -> argparse.ArgumentParser:
         added[name].add_argument(
             "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a config value"
         )
+    kernels = ("lightning", "attention", "decode", "linear_kl")
+    added["bench"].add_argument("what", choices=("kernels",))
+    added["bench"].add_argument("--only", nargs="+", choices=kernels, default=kernels, help="some of the kernels")
+    added["bench"].add_argument("--small", action="store_true", help="small shapes, in seconds; always so on a CPU")
+    added["bench"].add_argument("--json", metavar="FILE", help="write the measurements there as well")
     added["import"].add_argument("source", help="Hugging Face directory, GGUF file or a stage's directory")
     added["import"].add_argument("directory", help="the Hugging Face directory to write")
     added["import"].add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -1,0 +1,123 @@
+"""Measure the cases, a line of the table as each is done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kernels_pallas.bench.cases import KERNELS, Case, cases
+from kernels_pallas.bench.ceilings import Ceilings, ceilings
+from kernels_pallas.bench.timing import milliseconds
+from kernels_pallas.dispatch import Refused
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "torch",
+    "triton",
+    "flash-linear-attention",
+    "jax-linear-attention",
+    "jax-triton",
+    "tokamax",
+)
+PEERS = ("fla", "jax-linear-attention", "tokamax")
+
+
+def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Callable[[str], None] = print) -> dict:
+    """Measure every implementation of the named kernels on the default device.
+
+    Args:
+      kernels: some of `KERNELS`.
+      small: small shapes, in seconds; None on a CPU only.
+      say: gets each line of the table.
+
+    Returns:
+      {"device", "versions", "ceilings", "rows"}, all JSON; a row has kernel, shape, implementation and either
+      milliseconds, share (of the ceiling that its work is bound by) and temporary_bytes, or "refused", a reason.
+
+    Raises:
+      ValueError: a kernel is unknown.
+    """
+    unknown = [kernel for kernel in kernels if kernel not in KERNELS]
+    if unknown:
+        raise ValueError(f"there is no kernel {unknown[0]!r} to measure; known: {', '.join(KERNELS)}")
+    small = jax.default_backend() == "cpu" if small is None else small
+    top = ceilings(small)
+    device = jax.devices()[0].device_kind
+    say(f"{device}: copy {top.copy / 1e12:.2f} TB/s, bfloat16 product {top.matmul / 1e12:.1f} TFLOP/s")
+    say(HEADER)
+    rows = []
+    for case in cases(kernels, small):
+        measured = _measure(case, top)
+        rows += measured
+        for line in _lines(measured):
+            say(line)
+    return {
+        "device": device,
+        "versions": {name: _version(name) for name in PACKAGES if _version(name)},
+        "ceilings": {"copy_bytes_per_second": top.copy, "bfloat16_flop_per_second": top.matmul},
+        "rows": rows,
+    }
+
+
+HEADER = f"{'kernel':<24}{'shape':<34}{'implementation':<26}{'ms':>9}{'of ceiling':>12}{'temporaries':>13}  over peers"
+
+
+def _measure(case: Case, top: Ceilings) -> list[dict[str, Any]]:
+    at_best = 1e3 * (case.bytes / top.copy if case.bytes else case.flops / top.matmul)
+    inputs = case.inputs()
+    rows = []
+    for name, function in case.implementations.items():
+        row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "implementation": name}
+        try:
+            compiled = jax.jit(function).lower(*inputs).compile()
+            row["milliseconds"] = milliseconds(compiled, *inputs)
+            memory = compiled.memory_analysis()
+            row["temporary_bytes"] = memory.temp_size_in_bytes if memory else None
+        except Refused as refusal:
+            row["refused"] = str(refusal).split("call: ")[-1]
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            row["refused"] = f"it does not run here: {str(error).splitlines()[0][:120]}"
+        rows.append(row)
+    rows += [
+        {"kernel": case.kernel, "shape": case.shape, "implementation": name, "milliseconds": time}
+        for name, time in case.outside.items()
+    ]
+    for row in rows:
+        if "milliseconds" in row and at_best:
+            row["share"] = at_best / row["milliseconds"]
+    return rows
+
+
+def _lines(rows: list[dict[str, Any]]) -> list[str]:
+    peers = {
+        row["implementation"]: row["milliseconds"]
+        for row in rows
+        if row["implementation"] in PEERS and "milliseconds" in row
+    }
+    return [_line(row, peers) for row in rows]
+
+
+def _line(row: dict[str, Any], peers: dict[str, float]) -> str:
+    start = f"{row['kernel']:<24}{row['shape']:<34}{row['implementation']:<26}"
+    if "refused" in row:
+        return start + "  " + row["refused"]
+    share = f"{row['share']:>12.0%}" if math.isfinite(row.get("share", math.nan)) else f"{'':>12}"
+    temporaries = (
+        f"{row['temporary_bytes'] / 2**20:>9.0f} MiB" if row.get("temporary_bytes") is not None else f"{'':>13}"
+    )
+    over = ", ".join(
+        f"{time / row['milliseconds']:.2f}x {name}" for name, time in peers.items() if name != row["implementation"]
+    )
+    return f"{start}{row['milliseconds']:>9.3f}{share}{temporaries}  {over}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
