@@ -7,20 +7,33 @@ segment a row fills the chip. No temporary is larger than the segments' states.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.compat import compute_capability, platform
 from kernels_pallas.dispatch import Backend
-from kernels_pallas.lightning.gpu_kernels import Layout, Tiles, joined_states, local_states, scan
+from kernels_pallas.lightning import gpu_kernels
+from kernels_pallas.lightning.gpu_kernels import Layout, Tiles
 from kernels_pallas.lightning.marks import Decay, Marks, marks
 from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
 
 WIDTHS = (16, 32, 64, 128, 256)
 PROGRAMS = 132  # one on each multiprocessor of an H100
 MIN_CHUNKS = 4  # a segment: fewer would spend more on states than on tokens
+
+
+class Kernels(NamedTuple):
+    """The functions of gpu_kernels.py, or others that do the same."""
+
+    local_states: Callable[..., jax.Array]
+    joined_states: Callable[..., jax.Array]
+    scan: Callable[..., Any]
+
+
+PALLAS = Kernels(gpu_kernels.local_states, gpu_kernels.joined_states, gpu_kernels.scan)
 
 
 class Plan(NamedTuple):
@@ -41,19 +54,40 @@ def plan(options: Options, width: int, key_width: int, dtype) -> Plan:
     return Plan(tiles._replace(stages=4), tiles._replace(stages=3))
 
 
-def forward(options: Options, q, k, v, decay: Decay, initial_state, segment_ids, tiles: Plan | None = None):
+def forward(
+    options: Options,
+    q,
+    k,
+    v,
+    decay: Decay,
+    initial_state,
+    segment_ids,
+    tiles: Plan | None = None,
+    kernels: Kernels = PALLAS,
+):
     """See `recurrence.Passes`; what is saved are the states before the segments."""
     tiles = tiles or plan(options, v.shape[-1], k.shape[-1], q.dtype)
     layout = _layout(options, tiles, q, v)
     rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])
-    starts = _starts(layout, tiles.states, rates, marked, k, v, initial_state, options.short_memory)
+    starts = _starts(kernels, layout, tiles.states, rates, marked, k, v, initial_state, options.short_memory)
     scales = layout._replace(out_scale=options.scale, scores_scale=options.scale)
-    o, state = scan(scales, tiles.scan, rates, marked, q, k, v, starts, v.dtype)
+    o, state = kernels.scan(scales, tiles.scan, rates, marked, q, k, v, starts, v.dtype)
     return o, state, starts
 
 
 def backward(
-    options: Options, q, k, v, decay: Decay, initial_state, segment_ids, saved, do, dstate, tiles: Plan | None = None
+    options: Options,
+    q,
+    k,
+    v,
+    decay: Decay,
+    initial_state,
+    segment_ids,
+    saved,
+    do,
+    dstate,
+    tiles: Plan | None = None,
+    kernels: Kernels = PALLAS,
 ):
     """See `recurrence.Passes`."""
     del initial_state
@@ -62,12 +96,13 @@ def backward(
     layout = _layout(options, tiles, q, v)
     rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])
     ahead = layout._replace(out_scale=options.scale, scores_scale=options.scale)
-    dq, _ = scan(ahead, tiles.scan, rates, marked, do, v, k, jnp.swapaxes(saved, -1, -2), wide[0])
+    dq, _ = kernels.scan(ahead, tiles.scan, rates, marked, do, v, k, jnp.swapaxes(saved, -1, -2), wide[0])
     back = layout._replace(reverse=True, in_scale=options.scale, scores_scale=options.scale)
-    starts = _starts(back, tiles.states, rates, marked, q, do, dstate.astype(jnp.float32), options.short_memory)
+    dstate = dstate.astype(jnp.float32)
+    starts = _starts(kernels, back, tiles.states, rates, marked, q, do, dstate, options.short_memory)
     starts = starts[:, ::-1]  # in the order of the row
-    dv, dinitial = scan(back, tiles.scan, rates, marked, k, q, do, starts, wide[2])
-    dk, _ = scan(back, tiles.scan, rates, marked, v, do, q, jnp.swapaxes(starts, -1, -2), wide[1])
+    dv, dinitial = kernels.scan(back, tiles.scan, rates, marked, k, q, do, starts, wide[2])
+    dk, _ = kernels.scan(back, tiles.scan, rates, marked, v, do, q, jnp.swapaxes(starts, -1, -2), wide[1])
     return dq, dk, dv, dinitial
 
 
@@ -88,7 +123,9 @@ def _rates(decay: Decay, chunk: int, length: int, segment_ids, heads: int) -> tu
     return jnp.zeros(heads, jnp.float32), marks(decay, chunk, length, segment_ids)
 
 
-def _starts(layout: Layout, tiles: Tiles, rates, marked, k, v, first_state, short_memory) -> jax.Array:
+def _starts(
+    kernels: Kernels, layout: Layout, tiles: Tiles, rates, marked, k, v, first_state, short_memory
+) -> jax.Array:
     """The state that each segment starts from, in the order of the scan."""
     if layout.segments == 1:
         return first_state[:, None]
@@ -108,10 +145,12 @@ def _starts(layout: Layout, tiles: Tiles, rates, marked, k, v, first_state, shor
     # In the order of the scan; what outlives its last segment is the scan's own business.
     keep = keep[:, :0:-1] if layout.reverse else keep[:, :-1]
     keep = jnp.broadcast_to(keep, (batch, layout.segments - 1, heads))
-    return joined_states(layout.interpret, local_states(layout, tiles, rates, reach, marked, k, v), keep, first_state)
+    local = kernels.local_states(layout, tiles, rates, reach, marked, k, v)
+    return kernels.joined_states(layout.interpret, local, keep, first_state)
 
 
-def _refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:
+def refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:
+    """See `dispatch.Backend`."""
     if platform() != "gpu":
         return f"it runs on a GPU and this is {platform()}"
     for name, x in (("q", q_BTHK), ("k", k_BTHK), ("v", v_BTHV)):
@@ -124,4 +163,4 @@ def _refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:
     return None
 
 
-BACKEND = Backend("gpu", backend_function(Passes(forward, backward)), _refuses)
+BACKEND = Backend("gpu", backend_function(Passes(forward, backward)), refuses)

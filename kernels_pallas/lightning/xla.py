@@ -46,7 +46,7 @@ def forward(
         state = keep * state + dot("bhik,bhiv->bhkv", (k * write).astype(dtype), v)
         return state, (options.scale * o).astype(out_dtype)
 
-    xs = (*(_to_chunks(chunk, x, dtype, segment_ids) for x in (q, k, v)), xs_marks)
+    xs = (*(_to_chunks(chunk, x, dtype) for x in (q, k, v)), xs_marks)
     state, o = jax.lax.scan(body, initial_state, xs)
     # Nothing is saved: the backward recomputes the states that it passes.
     return _from_chunks(o, q.shape[1]), state, None
@@ -83,7 +83,7 @@ def backward(
 
     scale, length = options.scale, q.shape[1]
     q_dtype, k_dtype, v_dtype = (jnp.float32, jnp.float32, v.dtype) if options.wide else (q.dtype, k.dtype, v.dtype)
-    q, k, v, do = (_to_chunks(chunk, x, dtype, segment_ids) for x in (q, k, v, do))
+    q, k, v, do = (_to_chunks(chunk, x, dtype) for x in (q, k, v, do))
     _, dq = jax.lax.scan(rising, initial_state, (k, v, do, xs_marks))
     dstate, grads = jax.lax.scan(falling, dstate.astype(jnp.float32), (q, k, v, do, dq, xs_marks), reverse=True)
     return (*(_from_chunks(x, length) for x in grads), dstate)
@@ -156,11 +156,9 @@ def _decays(mark: Mark, shared: jax.Array | None, intra: bool = True):
     return _intra(lag, document) if shared is None else shared, read, write, keep
 
 
-def _to_chunks(chunk: int, x_BTHD: jax.Array, dtype, segment_ids) -> jax.Array:
-    """[B,T,H,D] -> [N,B,H,C,D], the tail filled up with zeros; so is padding, which may hold anything."""
+def _to_chunks(chunk: int, x_BTHD: jax.Array, dtype) -> jax.Array:
+    """[B,T,H,D] -> [N,B,H,C,D], the tail filled up with zeros."""
     batch, length, heads, width = x_BTHD.shape
-    if segment_ids is not None:
-        x_BTHD = jnp.where((segment_ids >= 0)[..., None, None], x_BTHD, 0.0)
     x = jnp.pad(x_BTHD.astype(dtype), ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
     return x.reshape(batch, -1, chunk, heads, width).transpose(1, 0, 3, 2, 4)
 
@@ -178,4 +176,3 @@ def _refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:
 
 
 BACKEND = Backend("xla", backend_function(Passes(forward, backward)), _refuses)
-DECODE_BACKEND = Backend("xla", decode_step, lambda **call: None)

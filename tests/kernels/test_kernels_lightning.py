@@ -251,6 +251,12 @@ def test_decode_steps_follow_the_sequence():
     assert o.dtype == jnp.bfloat16 and state.dtype == jnp.float32
 
 
+def test_a_donated_state_is_updated_in_place():
+    q, state = jnp.ones((2, 3, 8)), jnp.ones((2, 3, 8, 8))
+    step = jax.jit(lambda q, state: lightning_decode_step(q, q, q, slopes(3), state), donate_argnums=1)
+    assert step.lower(q, state).compile().memory_analysis().alias_size_in_bytes == state.nbytes
+
+
 def test_slopes_of_any_number_of_heads():
     np.testing.assert_allclose(slopes(4), [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
     np.testing.assert_allclose(slopes(16), [2.0 ** (-h / 2) for h in range(1, 17)], rtol=1e-6)

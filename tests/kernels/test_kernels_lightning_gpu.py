@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lightning_contract import BFLOAT16, FLOAT32, check, inputs, run, segments
 
-from kernels_pallas.lightning import gpu, gpu_decode, lightning_attention, slopes, xla
+from kernels_pallas.lightning import gpu, lightning_attention, slopes, xla
 from kernels_pallas.lightning.gpu_kernels import Tiles
 from kernels_pallas.lightning.recurrence import Passes, backend_function
 from kernels_pallas.selfcheck import relative_error
@@ -52,18 +52,6 @@ def test_bfloat16(segmented):
     check(FUNCTION, shape, dtype=jnp.bfloat16, segment_ids=ids, precision="high", tolerance=FLOAT32)
 
 
-@pytest.mark.parametrize("function", [FUNCTION, xla.BACKEND.function], ids=["gpu", "xla"])
-def test_padding_may_hold_anything(function):
-    shape = (2, 75, 2, 16, 16)
-    values, cotangents = inputs(shape)
-    ids = segments(shape)
-    clean = run(function, "default", False, values, cotangents, ids)
-    for x in (*values[:3], cotangents[0]):
-        x[ids < 0] = np.nan
-    for got, right in zip(run(function, "default", False, values, cotangents, ids), clean, strict=True):
-        np.testing.assert_array_equal(got, right)
-
-
 def test_a_short_memory_leaves_out_what_it_says(monkeypatch):
     monkeypatch.setattr(gpu, "PROGRAMS", 3)  # segments of four chunks
     (q, k, v, state, _), _ = inputs((1, 192, 1, 16, 16))
@@ -77,17 +65,6 @@ def test_a_short_memory_leaves_out_what_it_says(monkeypatch):
     assert errors[0] > 1e-4  # or the option would do nothing
     with pytest.raises(ValueError, match="short_memory is 0"):
         lightning_attention(q, k, v, slopes(1), short_memory=0)
-
-
-def test_the_decode_step_matches_the_portable_one():
-    rng = np.random.default_rng(0)
-    q, k, v, state = (
-        rng.standard_normal(s).astype(np.float32) for s in ((3, 2, 32), (3, 2, 32), (3, 2, 64), (3, 2, 32, 64))
-    )
-    for valid in (None, jnp.asarray([True, False, True])):
-        results = gpu_decode.decode_step(q, k, v, slopes(2), state, valid, scale=0.3, interpret=True)
-        for got, right in zip(results, xla.decode_step(q, k, v, slopes(2), state, valid, scale=0.3), strict=True):
-            np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
