@@ -182,12 +182,12 @@ def _factor(logit_scale: jax.Array | None) -> jax.Array | None:
 def sizes_for(width: int, dtype: Any) -> Sizes:
     """Block sizes that fit the GPU's shared memory: 227 KB a program on Hopper, 163 KB on A100, 99 KB on others."""
     width, capability = gpu_blocks.columns(width), compat.compute_capability()
-    if jnp.dtype(dtype).itemsize > 2:
+    if jnp.dtype(dtype).itemsize > 2:  # three TF32 products keep both halves of their operands in registers
         if width <= 64:
             return Sizes(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2))
         if width <= 128:
-            return Sizes(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2))
-        return Sizes(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 32, 8, 2))
+            return Sizes(Tiles(32, 32, 8, 2), Tiles(16, 32, 4, 2), Tiles(16, 32, 8, 2))
+        return Sizes(*[Tiles(16, 16, 4, 2)] * 3)
     if capability[0] in (9, 10):
         if width <= 128:
             return Sizes(Tiles(128, 64, 4 if width <= 64 else 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
