@@ -19,6 +19,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=12, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU: JAX_PLATFORMS=cuda python -m pytest -m gpu")
+
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -30,7 +30,14 @@ def test_a_named_backend_is_taken_or_says_why_not():
 def test_selfcheck_passes_and_covers_every_kernel():
     rows = selfcheck()
     assert not [row for row in rows if not row.ok]
-    kernels = {"lightning_attention", "attention", "cached_attention", "linear_kl", "linear_cross_entropy"}
+    kernels = {
+        "lightning_attention",
+        "simple_gla",
+        "attention",
+        "cached_attention",
+        "linear_kl",
+        "linear_cross_entropy",
+    }
     assert {row.kernel for row in rows if row.error <= row.tolerance} == kernels
     assert any(row.check == "float32: d initial_state" for row in rows)
 
@@ -38,8 +45,8 @@ def test_selfcheck_passes_and_covers_every_kernel():
 def test_selfcheck_reports_a_wrong_backend(monkeypatch):
     from kernels_pallas.lightning import api
 
-    def wrong(q, k, v, slopes, **options):
-        o, state = right(q, k, v, slopes, **options)
+    def wrong(q, k, v, **options):
+        o, state = right(q, k, v, **options)
         return o * 1.001, state
 
     right = api.BACKENDS["xla"].function
