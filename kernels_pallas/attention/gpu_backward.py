@@ -133,7 +133,7 @@ def _dq_kernel(spans_ref, *refs, tiles: Tiles, scale, segmented: bool, interpret
     def visit(j, dq_RD, masked: bool):
         key = j * tiles.keys
         k_JD, v_JD = rows.keys(rows.k, key, kv_head), rows.keys(rows.v, key, kv_head)
-        weights_RJ = jnp.exp2(rows.dot(q_RD, k_JD, 1, 1) * (factor_R1 * LOG2_E) - log_sum_R[:, None])
+        weights_RJ = blocks.exp2(rows.dot(q_RD, k_JD, 1, 1), factor_R1 * LOG2_E, -log_sum_R[:, None], interpret)
         if masked:
             sees_RJ = rows.sees(start, key, lambda r, j: (r[:, None], j[None, :]))
             weights_RJ = jnp.where(sees_RJ, weights_RJ, 0.0)
@@ -166,7 +166,7 @@ def _dkv_kernel(spans_ref, *refs, tiles: Tiles, scale, segmented: bool, interpre
         inner_R = rows.of_queries(rows.inner, start, head, 0)
         factor = rows.factors(start)
         factor_1R = jnp.broadcast_to(factor, (tiles.queries,))[None, :]
-        weights_JR = jnp.exp2(rows.dot(k_JD, q_RD, 1, 1) * (factor_1R * LOG2_E) - log_sum_R[None, :])
+        weights_JR = blocks.exp2(rows.dot(k_JD, q_RD, 1, 1), factor_1R * LOG2_E, -log_sum_R[None, :], interpret)
         if masked:
             seen_JR = rows.sees(start, key, lambda r, j: (r[None, :], j[:, None]))
             weights_JR = jnp.where(seen_JR, weights_JR, 0.0)

@@ -117,6 +117,24 @@ def product(dtype, interpret: bool):
     return dot
 
 
+def exp2(x, factor, shift, interpret: bool):
+    """`2 ** (x * factor + shift)` in two instructions.
+
+    What XLA makes of `jnp.exp2` takes care of denormal results, which costs four more, and rounds between the others.
+    """
+    if interpret:
+        return jnp.exp2(x * factor + shift)
+    shape = jnp.broadcast_shapes(jnp.shape(x), jnp.shape(factor), jnp.shape(shift))
+    (y,) = pltriton.elementwise_inline_asm(
+        "{ .reg .f32 t; fma.rn.ftz.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }",
+        args=[jnp.broadcast_to(a, shape) for a in (x, factor, shift)],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return y
+
+
 def refusal(q_BTHD, k_BSKD, v_BSKD) -> str | None:
     """Why the GPU kernels do not take these arrays here."""
     if compat.platform() != "gpu":

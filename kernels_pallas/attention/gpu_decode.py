@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas import compat
-from kernels_pallas.attention.gpu_blocks import LOG2_E, NOTHING, columns, leading, load_rows, product
+from kernels_pallas.attention.gpu_blocks import LOG2_E, NOTHING, columns, exp2, leading, load_rows, product
 
 MAX_ROWS = 64  # T * G beyond this would spill; so many queries are better off in the kernel for sequences
 
@@ -142,8 +142,9 @@ def _share_kernel(
         sees_RJ = key_J[None, :] <= position_R[:, None]
         scores_RJ = jnp.where(sees_RJ, dot(q_RD, k_JD, 1, 1), NOTHING)
         new_top_R = jnp.maximum(top_R, jnp.max(scores_RJ, axis=1))
-        shrink_R = jnp.exp2((top_R - new_top_R) * factor_R)
-        weights_RJ = jnp.where(sees_RJ, jnp.exp2((scores_RJ - new_top_R[:, None]) * factor_R[:, None]), 0.0)
+        shrink_R = exp2(top_R - new_top_R, factor_R, 0.0, interpret)
+        weights_RJ = exp2(scores_RJ, factor_R[:, None], -(new_top_R * factor_R)[:, None], interpret)
+        weights_RJ = jnp.where(sees_RJ, weights_RJ, 0.0)
         total_R = total_R * shrink_R + jnp.sum(weights_RJ, axis=1)
         o_RD = o_RD * shrink_R[:, None] + dot(weights_RJ.astype(dtype), v_JD, 1, 0)
         return new_top_R, total_R, o_RD

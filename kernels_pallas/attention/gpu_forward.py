@@ -77,10 +77,10 @@ def _kernel(spans_ref, last_ref, q_ref, k_ref, v_ref, *refs, tiles: Tiles, scale
                 sees_RJ &= ids_R[:, None] == ids_J[None, :]
             scores_RJ = jnp.where(sees_RJ, scores_RJ, NOTHING)
         new_top_R = jnp.maximum(top_R, jnp.max(scores_RJ, axis=1))
-        weights_RJ = jnp.exp2(scores_RJ * factor_R1 - new_top_R[:, None] * factor_R1)
+        weights_RJ = blocks.exp2(scores_RJ, factor_R1, -(new_top_R[:, None] * factor_R1), interpret)
         if masked:
             weights_RJ = jnp.where(sees_RJ, weights_RJ, 0.0)
-        shrink_R = jnp.exp2((top_R - new_top_R) * factor)
+        shrink_R = blocks.exp2(top_R - new_top_R, factor, 0.0, interpret)
         v_JD = blocks.load_rows(v_ref, row, key, tiles.keys, kv_head, end).astype(dtype)
         o_RD = o_RD * shrink_R[:, None] + dot(weights_RJ.astype(dtype), v_JD, 1, 0)
         return new_top_R, total_R * shrink_R + jnp.sum(weights_RJ, axis=1), o_RD
