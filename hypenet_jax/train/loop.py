@@ -107,7 +107,9 @@ def train(
                 reporter.message(f"{name}: continuing from step {first} of {stage.steps}")
             for step in range(first + 1, stage.steps + 1):
                 batch = _place_batch(_next_batch(batches, step, stage), stage, mesh)
-                state, metrics = update(state, frozen, batch)
+                # The mesh is in force while the step is traced: a kernel that no partitioner divides must know of it.
+                with jax.set_mesh(mesh):
+                    state, metrics = update(state, frozen, batch)
                 log.add(step, metrics)
                 preempted = preemption.requested(step)
                 if preempted or step % stage.checkpoint_every == 0 or step == stage.steps:
