@@ -30,6 +30,18 @@ def platform() -> str:
     return default if isinstance(default, str) else default.platform
 
 
+def undivided() -> str | None:
+    """Why a kernel of ours cannot be called here, if XLA would have to divide it over a mesh; None where it need not.
+
+    No partitioner can: within `shard_map`, where the axes are manual, every device calls it on its own part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    if any(size > 1 and kind != jax.sharding.AxisType.Manual for size, kind in axes):
+        return f"no partitioner divides it over the mesh {dict(mesh.shape)}: call it within shard_map"
+    return None
+
+
 def struct(shape: Sequence[int], dtype: Any, operands: Sequence[jax.Array]) -> jax.ShapeDtypeStruct:
     """What a kernel gives: inside `shard_map` it varies over the mesh axes that any of its operands varies over."""
     varying: frozenset = frozenset().union(*(varying_axes(x) for x in operands))

@@ -196,12 +196,7 @@ def unsupported(*, weight, tokens: Tokens, options: Options) -> str | None:
         return "it does not shard the vocabulary"
     if tokens.ce_share is not None and options.temperature != 1.0:
         return f"cross entropy is at temperature 1 and the divergence at {options.temperature}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(
-        n > 1 and kind != jax.sharding.AxisType.Manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    ):
-        return f"no partitioner divides its kernel over the mesh {dict(mesh.shape)}: call it within shard_map"
-    return None
+    return compat.undivided()
 
 
 BACKEND = Backend("gpu", linear_loss, _refuses)

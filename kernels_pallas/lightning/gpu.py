@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.compat import compute_capability, platform
+from kernels_pallas.compat import compute_capability, platform, undivided
 from kernels_pallas.dispatch import Backend
 from kernels_pallas.lightning import gpu_kernels
 from kernels_pallas.lightning.gpu_kernels import Layout, Tiles
@@ -160,7 +160,7 @@ def refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:
             return f"{name} has width {x.shape[-1]}, and it takes {', '.join(map(str, WIDTHS))}"
     if not q_BTHK.dtype == k_BTHK.dtype == v_BTHV.dtype:
         return f"q, k, v are {q_BTHK.dtype}, {k_BTHK.dtype}, {v_BTHV.dtype}, and it takes one dtype"
-    return None
+    return undivided()
 
 
 BACKEND = Backend("gpu", backend_function(Passes(forward, backward)), refuses)

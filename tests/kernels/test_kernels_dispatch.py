@@ -1,7 +1,10 @@
 """How a backend is chosen, and what a refusal says."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from kernels_pallas import compat
 from kernels_pallas.dispatch import Backend, Refused, choose, table
 from kernels_pallas.selfcheck import selfcheck
 
@@ -53,3 +56,14 @@ def test_selfcheck_reports_a_wrong_backend(monkeypatch):
     monkeypatch.setitem(api.BACKENDS, "xla", Backend("xla", wrong, lambda **call: None))
     failed = {(row.kernel, row.check) for row in selfcheck(["lightning_attention"]) if not row.ok}
     assert ("lightning_attention", "float32: output 0") in failed
+
+
+def test_a_mesh_that_xla_would_divide_is_refused():
+    mesh = jax.make_mesh((2, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    assert compat.undivided() is None
+    with jax.set_mesh(mesh):
+        assert "call it within shard_map" in compat.undivided()
+        split = jax.P("data")
+        jax.shard_map(lambda x: x if compat.undivided() is None else 1 / 0, in_specs=split, out_specs=split)(
+            jnp.ones(2)
+        )
