@@ -45,8 +45,8 @@ class Tables(NamedTuple):
     """The decays of one chunk (module docstring of `marks`); the output's scale is in `intra` and `read`."""
 
     intra_CC: jax.Array  # D, or its transpose where the sweep wants that
-    read_C1: jax.Array
-    write_C1: jax.Array
+    read: jax.Array  # [C,1], or [C,C] of equal columns, which spares spreading each row over the lanes
+    write: jax.Array
     keep_11: jax.Array
 
 
@@ -72,19 +72,31 @@ class Plan(NamedTuple):
     marked: bool
 
 
+def _spread(x: jax.Array, width: int) -> jax.Array:
+    """[C,1] as it is, [C,C] of equal columns as [C,width]."""
+    if x.shape[1] == 1 or x.shape[1] == width:
+        return x
+    return x[:, :width] if width < x.shape[1] else jnp.concatenate([x] * -(-width // x.shape[1]), axis=1)[:, :width]
+
+
+def _rows(factors: jax.Array, x_CD: jax.Array) -> jax.Array:
+    """Each row times its factor."""
+    return _spread(factors, x_CD.shape[1]) * x_CD
+
+
 def _output_step(dot, state_KV, tables: Tables, q, k, v):
     dtype = q.dtype
     scores = (dot(q, k, 1, 1) * tables.intra_CC).astype(dtype)
-    o = dot(scores, v, 1, 0) + tables.read_C1 * dot(q, state_KV.astype(dtype), 1, 0)
-    written = dot((k * tables.write_C1).astype(dtype), v, 0, 0)
+    o = dot(scores, v, 1, 0) + _rows(tables.read, dot(q, state_KV.astype(dtype), 1, 0))
+    written = dot(_rows(tables.write, k).astype(dtype), v, 0, 0)
     return tables.keep_11 * state_KV + written, (o,)
 
 
 def _dq_step(dot, state_KV, tables: Tables, k, v, do):
     dtype = k.dtype
     dscores = (dot(do, v, 1, 1) * tables.intra_CC).astype(dtype)
-    dq = dot(dscores, k, 1, 0) + tables.read_C1 * dot(do, state_KV.astype(dtype), 1, 1)
-    written = dot((k * tables.write_C1).astype(dtype), v, 0, 0)
+    dq = dot(dscores, k, 1, 0) + _rows(tables.read, dot(do, state_KV.astype(dtype), 1, 1))
+    written = dot(_rows(tables.write, k).astype(dtype), v, 0, 0)
     return tables.keep_11 * state_KV + written, (dq,)
 
 
@@ -94,10 +106,10 @@ def _dkv_step(dot, dstate_KV, tables: Tables, q, k, v, do):
     scores = (dot(k, q, 1, 1) * tables.intra_CC).astype(dtype)
     dscores = (dot(v, do, 1, 1) * tables.intra_CC).astype(dtype)
     ds = dstate_KV.astype(dtype)
-    dk = dot(dscores, q, 1, 0) + tables.write_C1 * dot(v, ds, 1, 1)
+    dk = dot(dscores, q, 1, 0) + _rows(tables.write, dot(v, ds, 1, 1))
     # Two products with `do` in one: it is loaded into the matrix unit once.
-    from_do = dot(jnp.concatenate([scores, (q * tables.read_C1).astype(dtype).T]), do, 1, 0)
-    dv = from_do[:CHUNK] + tables.write_C1 * dot(k, ds, 1, 0)
+    from_do = dot(jnp.concatenate([scores, _rows(tables.read, q).astype(dtype).T]), do, 1, 0)
+    dv = from_do[:CHUNK] + _rows(tables.write, dot(k, ds, 1, 0))
     return tables.keep_11 * dstate_KV + from_do[CHUNK:], (dk, dv)
 
 
@@ -133,7 +145,7 @@ def _tail_marks(slope, left):
 
 
 def _marked_tables(plan: Plan, lag_1C, flags_1C) -> tuple[Tables, jax.Array]:
-    """The tables of any chunk, and which tokens are real [C,1]."""
+    """The tables of any chunk, and the flags down the columns of [C,C]: negative where a token is not real."""
     square = (CHUNK, CHUNK)
     across, down = jnp.broadcast_to(lag_1C, square), jnp.broadcast_to(lag_1C, square).T
     flags_across, flags_down = jnp.broadcast_to(flags_1C, square), jnp.broadcast_to(flags_1C, square).T
@@ -142,11 +154,11 @@ def _marked_tables(plan: Plan, lag_1C, flags_1C) -> tuple[Tables, jax.Array]:
     document = flags_down >> FLAG_BITS
     seen = causal & (document == flags_across >> FLAG_BITS) & (document >= 0)
     intra = jnp.where(seen, plan.scale * jnp.exp(-jnp.maximum(lag, 0.0)), 0.0)
-    total_11, lag_C1, flags_C1 = lag_1C[:, CHUNK - 1 :], down[:, :1], flags_down[:, :1]
-    read = jnp.where(flags_C1 & READS > 0, plan.scale * jnp.exp(-lag_C1), 0.0)
-    write = jnp.where(flags_C1 & WRITES > 0, jnp.exp(-(total_11 - lag_C1)), 0.0)
+    total_11 = lag_1C[:, CHUNK - 1 :]
+    read = jnp.where(flags_down & READS > 0, plan.scale * jnp.exp(-down), 0.0)
+    write = jnp.where(flags_down & WRITES > 0, jnp.exp(-(total_11 - down)), 0.0)
     keep = jnp.where(flags_1C[:, :1] & KEEPS > 0, jnp.exp(-total_11), 0.0)
-    return Tables(intra, read, write, keep), flags_C1 >= 0
+    return Tables(intra, read, write, keep), flags_down
 
 
 def _each_chunk(plan: Plan, do_chunk: Callable[[Any], None]) -> None:
@@ -180,12 +192,15 @@ def _kernel(plan: Plan, inputs: int, *refs) -> None:
         if not plan.marked:
             intra_ref[...] = _plain_intra(plan, slope)
 
-    def chunk(c, tables: Tables, real_C1=None) -> None:
+    def chunk(c, tables: Tables, flags_CC=None) -> None:
         rows = pl.ds(c * CHUNK, CHUNK)
         values = [ref[0, 0, rows, :].astype(plan.dtype) for ref in input_refs]
-        if real_C1 is not None:
+        if flags_CC is not None:
             # Where a token is not real its memory may hold anything, and 0 * NaN is NaN.
-            values = [jnp.where(real_C1, x.astype(jnp.float32), 0.0).astype(plan.dtype) for x in values]
+            real = [_spread(flags_CC, x.shape[1]) >= 0 for x in values]
+            values = [
+                jnp.where(r, x.astype(jnp.float32), 0.0).astype(plan.dtype) for r, x in zip(real, values, strict=True)
+            ]
         state_ref[...], results = plan.sweep.step(_dot, state_ref[...], tables, *values)
         for ref, result in zip(outputs, results, strict=False):
             ref[0, 0, rows, :] = result.astype(ref.dtype)
@@ -343,7 +358,7 @@ def _refuses(*, q_BTHK, k_BTHK, v_BTHV, **call) -> str | None:
             return f"{name} is {x.dtype}, and it accumulates in float32 from float32 or bfloat16 only"
         if x.shape[-1] > WIDEST:
             return f"{name} has heads of width {x.shape[-1]}, and its state fits in VMEM up to {WIDEST}"
-    return None
+    return compat.undivided()
 
 
 BACKEND = Backend("tpu", backend_function(passes(Blocks())), _refuses)

@@ -21,3 +21,17 @@ def lightning(length, width=128, heads=16, batch=1, dtype="bfloat16", backend="a
 
     arguments = [tokens, tokens, tokens, state, *([tokens, state] if backward else []), rates, ids]
     return both if backward else forward, arguments, list(range(len(arguments) - 2))
+
+
+def layer(length, width=128, heads=16, hidden=2048):
+    """Projections, the recurrence and the output projection, all in bfloat16, their arrays laid out as usual."""
+    x = jax.ShapeDtypeStruct((1, length, hidden), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((hidden, heads, width), jnp.bfloat16)
+    out = jax.ShapeDtypeStruct((heads, width, hidden), jnp.bfloat16)
+
+    def function(x, q, k, v, out, rates):
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w) for w in (q, k, v))
+        o, _ = lightning_attention(q, k, v, rates, backend="tpu")
+        return jnp.einsum("bthk,hkd->btd", o, out)
+
+    return function, [x, weight, weight, weight, out, jax.ShapeDtypeStruct((heads,), jnp.float32)]

@@ -1,6 +1,7 @@
 """The Lightning recurrence compiles for TPUs at long lengths: quickly, without temporaries, and to a tight schedule."""
 
 import aot
+import pytest
 
 LIGHTNING = "lightning_cases:lightning"
 SECONDS, TEMPORARIES = 5.0, 0.2 * 2**30
@@ -25,6 +26,14 @@ def test_compiles_for_tpu():
     assert not aot.failures(plain, SECONDS, TEMPORARIES) + aot.failures(slow, 2 * SECONDS, TEMPORARIES)
 
 
+def test_a_layer_copies_nothing():
+    """Inside a program XLA writes q, k and v in the order that the kernel reads: no temporaries but those three."""
+    length, cases = 131_072, []
+    for target in ("v5p", "v6e"):
+        cases.append(aot.Case(target, target, "lightning_cases:layer", {"length": length}))
+    assert not aot.failures(aot.compile_all(cases), 4 * SECONDS, 3.02 * length * 16 * 128 * 2)
+
+
 def test_compiles_at_every_width_and_dtype():
     cases = [
         _case(target, length, width=width, dtype=dtype, segments=segments, backward=True)
@@ -38,19 +47,17 @@ def test_compiles_at_every_width_and_dtype():
     assert not aot.failures(aot.compile_all(cases), 20.0, TEMPORARIES)
 
 
-def test_schedule_is_near_the_byte_bound():
+@pytest.mark.parametrize(("segments", "limits"), [(False, (1.1, 1.1, 1.25)), (True, (1.65, 1.65, 1.65))])
+def test_schedule_is_near_the_byte_bound(segments, limits):
     """Cycles a chunk on a v5p against the time its bytes take: 2.765 TB/s of HBM for two cores at 1.75 GHz."""
-    results = aot.compile_all([_case("v5p", 131_072, schedule=True, backward=True)])
+    results = aot.compile_all([_case("v5p", 131_072, schedule=True, segments=segments, backward=True)])
     (result,) = results.values()
     assert not result.error
     bytes_a_cycle = 2.765e12 / 2 / 1.75e9
     tensors = {"lightning_forward": 4, "lightning_dq": 4, "lightning_dkv": 6}
-    ratios = {}
-    for kernel, moved in tensors.items():
+    for (kernel, moved), limit in zip(tensors.items(), limits, strict=True):
         # A grid step is two groups of eight chunks; what happens in its first or last step alone is counted in all.
         depth = result.bundles[kernel]
         cycles = (depth["1"] + 2 * depth["2"]) / 16
-        ratios[kernel] = cycles / (moved * 128 * 128 * 2 / bytes_a_cycle)
-    assert ratios["lightning_forward"] <= 1.1, ratios
-    assert ratios["lightning_dq"] <= 1.1, ratios
-    assert ratios["lightning_dkv"] <= 1.25, ratios
+        ratio = cycles / (moved * 128 * 128 * 2 / bytes_a_cycle)
+        assert ratio <= limit, f"{kernel}: {ratio:.3f}"
