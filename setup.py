@@ -43,6 +43,8 @@ setup(
         "parity": ["torch", "transformers"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # jax-triton 0.4.1 fails in JAX 0.12, which calls its dead code rule with one more argument.
+        "triton": ["jax-triton>=0.3.1,<0.4", "triton>=3.6,<3.8"],
     },
     entry_points={"console_scripts": ["hypenet = hypenet_jax.cli:entry"]},
 )

@@ -25,17 +25,6 @@ PROGRAMS = 132  # one on each multiprocessor of an H100
 MIN_CHUNKS = 4  # a segment: fewer would spend more on states than on tokens
 
 
-class Kernels(NamedTuple):
-    """The functions of gpu_kernels.py, or others that do the same."""
-
-    local_states: Callable[..., jax.Array]
-    joined_states: Callable[..., jax.Array]
-    scan: Callable[..., Any]
-
-
-PALLAS = Kernels(gpu_kernels.local_states, gpu_kernels.joined_states, gpu_kernels.scan)
-
-
 class Plan(NamedTuple):
     """The tiles of the kernels, which must agree on the tokens a chunk: the marks are made for one."""
 
@@ -49,9 +38,23 @@ def plan(options: Options, width: int, key_width: int, dtype) -> Plan:
     roomy = compute_capability()[0] in (9, 10)  # over 200 KB of shared memory: Hopper, and Blackwell's large chips
     columns = min(width, 64 if exact or key_width > 128 else 128)
     tiles = Tiles(64 if roomy and not exact else 32, columns, 4 if min(width, key_width) <= 64 else 8, 2)
+    if exact and key_width > 128:
+        tiles = tiles._replace(chunk=16)  # more would not fit in shared memory
     if exact or not roomy or key_width > 128:
         return Plan(tiles, tiles)
     return Plan(tiles._replace(stages=4), tiles._replace(stages=3))
+
+
+class Kernels(NamedTuple):
+    """`plan`, and the functions of gpu_kernels.py; or others that do the same."""
+
+    plan: Callable[..., Plan]
+    local_states: Callable[..., jax.Array]
+    joined_states: Callable[..., jax.Array]
+    scan: Callable[..., Any]
+
+
+PALLAS = Kernels(plan, gpu_kernels.local_states, gpu_kernels.joined_states, gpu_kernels.scan)
 
 
 def forward(
@@ -66,7 +69,7 @@ def forward(
     kernels: Kernels = PALLAS,
 ):
     """See `recurrence.Passes`; what is saved are the states before the segments."""
-    tiles = tiles or plan(options, v.shape[-1], k.shape[-1], q.dtype)
+    tiles = tiles or kernels.plan(options, v.shape[-1], k.shape[-1], q.dtype)
     layout = _layout(options, tiles, q, v)
     rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])
     starts = _starts(kernels, layout, tiles.states, rates, marked, k, v, initial_state, options.short_memory)
@@ -91,7 +94,7 @@ def backward(
 ):
     """See `recurrence.Passes`."""
     del initial_state
-    tiles = tiles or plan(options, v.shape[-1], k.shape[-1], q.dtype)
+    tiles = tiles or kernels.plan(options, v.shape[-1], k.shape[-1], q.dtype)
     wide = [jnp.float32, jnp.float32, v.dtype] if options.wide else [q.dtype, k.dtype, v.dtype]
     layout = _layout(options, tiles, q, v)
     rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.compat import compute_capability, struct, vary, varying_axes
+from kernels_pallas.compat import compute_capability, vary, varying_axes
 from kernels_pallas.dispatch import Backend
 from kernels_pallas.lightning import gpu
 from kernels_pallas.lightning.gpu_kernels import Layout, Tiles
 from kernels_pallas.lightning.marks import Marks
-from kernels_pallas.lightning.recurrence import Passes, backend_function
+from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
 
 
 class Shape(NamedTuple):
@@ -33,11 +32,20 @@ class Shape(NamedTuple):
     document_rows: bool  # each row has documents of its own
 
 
+def plan(options: Options, width: int, key_width: int, dtype) -> gpu.Plan:
+    """`gpu.plan`, with shorter chunks where a chunk of float32 would want 265 KB of a Hopper's 227 of shared memory."""
+    tiles = gpu.plan(options, width, key_width, dtype)
+    if key_width > 128 and (options.high or dtype == jnp.float32):
+        short = tiles.scan._replace(chunk=16)
+        return gpu.Plan(short, short)
+    return tiles
+
+
 def scan(layout: Layout, tiles: Tiles, rates_H, marks: Marks | tuple[()], q, k, v, starts, out_dtype) -> Any:
     """`gpu_kernels.scan`."""
     batch, length, heads, keys = k.shape
     values = v.shape[-1]
-    return _call(
+    return call(
         "scan",
         (batch, layout.segments, heads * (values // tiles.columns)),
         [((batch, length, heads, values), out_dtype), ((batch, heads, keys, values), jnp.float32)],
@@ -55,7 +63,7 @@ def local_states(layout: Layout, tiles: Tiles, rates_H, reach_H, marks: Marks | 
     """`gpu_kernels.local_states`."""
     batch, _, heads, keys = k.shape
     values = v.shape[-1]
-    (local,) = _call(
+    (local,) = call(
         "local_states",
         (batch, layout.segments - 1, heads * (values // tiles.columns)),
         [((batch, layout.segments - 1, heads, keys, values), jnp.float32)],
@@ -76,7 +84,7 @@ def joined_states(interpret: bool, local, keep_BNH, start) -> jax.Array:
     batch, steps, heads, keys, values = local.shape
     size = keys * values
     block = min(size, 1024)
-    (joined,) = _call(
+    (joined,) = call(
         "joined_states",
         (batch, heads, size // block),
         [((batch, steps + 1, heads, keys, values), jnp.float32)],
@@ -91,7 +99,7 @@ def joined_states(interpret: bool, local, keep_BNH, start) -> jax.Array:
     return joined
 
 
-KERNELS = gpu.Kernels(local_states, joined_states, scan)
+KERNELS = gpu.Kernels(plan, local_states, joined_states, scan)
 forward = functools.partial(gpu.forward, kernels=KERNELS)
 backward = functools.partial(gpu.backward, kernels=KERNELS)
 
@@ -107,16 +115,12 @@ def _operands(marks: Marks | tuple[()], rates_H):
     return marks or (rates_H, rates_H, rates_H)
 
 
-def _call(
-    kernel: str, grid, results, operands, name: str, warps: int, stages: int, **constants: Any
-) -> list[jax.Array]:
+def call(kernel: str, grid, results, operands, name: str, warps: int, stages: int, **constants: Any) -> list[jax.Array]:
     """Launch a kernel of triton_kernels.py on contiguous arrays; `results` are the shapes and dtypes of its outputs."""
-    triton_call = _jax_triton().triton_call
+    triton_call = import_jax_triton().triton_call
     from kernels_pallas.lightning import triton_kernels
 
     major, minor = compute_capability()
-    # jax-triton 0.4 calls the results' type so.
-    results_name = "out_type" if "out_type" in inspect.signature(triton_call).parameters else "out_shape"
     outputs = triton_call(
         *operands,
         kernel=getattr(triton_kernels, kernel),
@@ -125,7 +129,7 @@ def _call(
         num_warps=warps,
         num_stages=stages,
         compute_capability=10 * major + minor,
-        **{results_name: [struct(shape, dtype, operands) for shape, dtype in results]},
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results],
         **constants,
     )
     # jax-triton knows nothing of the mesh axes that values vary over within shard_map.
@@ -134,7 +138,7 @@ def _call(
 
 
 @functools.cache
-def _jax_triton():
+def import_jax_triton():
     """jax_triton. ImportError where it is not installed or not for this machine."""
     kept = os.environ.get("TRITON_CACHE_DIR")
     try:
@@ -154,7 +158,7 @@ def _refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed (pip install 'hypenet_jax[triton]')"
     try:
-        _jax_triton()
+        import_jax_triton()
     except ImportError as error:
         return f"jax_triton cannot be imported ({str(error).splitlines()[0]})"
     return None

@@ -1,7 +1,7 @@
 """`gpu_kernels.py` in Triton's own language. Imported only where Triton is installed; the formulas are in marks.py.
 
-`layout` and `tiles` are a Layout and a Tiles of gpu_kernels.py, `shape` is a `jax_triton.Shape`. Rows are 64-bit, and so
-is every offset made of one; within a chunk, offsets are 32-bit.
+`layout` and `tiles` are a Layout and a Tiles of gpu_kernels.py, `shape` is a `jax_triton.Shape`. Rows are 64-bit, and
+so is every offset made of one; within a chunk, offsets are 32-bit.
 """
 
 import triton
