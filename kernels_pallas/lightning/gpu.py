@@ -39,22 +39,22 @@ def plan(options: Options, width: int, key_width: int, dtype) -> Plan:
     columns = min(width, 64 if exact or key_width > 128 else 128)
     tiles = Tiles(64 if roomy and not exact else 32, columns, 4 if min(width, key_width) <= 64 else 8, 2)
     if exact and key_width > 128:
-        tiles = tiles._replace(chunk=16)  # more would not fit in shared memory
+        # What fits in shared memory.
+        tiles = tiles._replace(chunk=16) if roomy else tiles._replace(chunk=16, columns=32, stages=1)
     if exact or not roomy or key_width > 128:
         return Plan(tiles, tiles)
     return Plan(tiles._replace(stages=4), tiles._replace(stages=3))
 
 
 class Kernels(NamedTuple):
-    """`plan`, and the functions of gpu_kernels.py; or others that do the same."""
+    """The functions of gpu_kernels.py, or others that do the same."""
 
-    plan: Callable[..., Plan]
     local_states: Callable[..., jax.Array]
     joined_states: Callable[..., jax.Array]
     scan: Callable[..., Any]
 
 
-PALLAS = Kernels(plan, gpu_kernels.local_states, gpu_kernels.joined_states, gpu_kernels.scan)
+PALLAS = Kernels(gpu_kernels.local_states, gpu_kernels.joined_states, gpu_kernels.scan)
 
 
 def forward(
@@ -69,7 +69,7 @@ def forward(
     kernels: Kernels = PALLAS,
 ):
     """See `recurrence.Passes`; what is saved are the states before the segments."""
-    tiles = tiles or kernels.plan(options, v.shape[-1], k.shape[-1], q.dtype)
+    tiles = tiles or plan(options, v.shape[-1], k.shape[-1], q.dtype)
     layout = _layout(options, tiles, q, v)
     rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])
     starts = _starts(kernels, layout, tiles.states, rates, marked, k, v, initial_state, options.short_memory)
@@ -94,7 +94,7 @@ def backward(
 ):
     """See `recurrence.Passes`."""
     del initial_state
-    tiles = tiles or kernels.plan(options, v.shape[-1], k.shape[-1], q.dtype)
+    tiles = tiles or plan(options, v.shape[-1], k.shape[-1], q.dtype)
     wide = [jnp.float32, jnp.float32, v.dtype] if options.wide else [q.dtype, k.dtype, v.dtype]
     layout = _layout(options, tiles, q, v)
     rates, marked = _rates(decay, tiles.scan.chunk, q.shape[1], segment_ids, q.shape[2])
