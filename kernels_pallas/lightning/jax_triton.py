@@ -18,7 +18,7 @@ from kernels_pallas.dispatch import Backend
 from kernels_pallas.lightning import gpu
 from kernels_pallas.lightning.gpu_kernels import Layout, Tiles
 from kernels_pallas.lightning.marks import Marks
-from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
+from kernels_pallas.lightning.recurrence import Passes, backend_function
 
 
 class Shape(NamedTuple):
@@ -30,15 +30,6 @@ class Shape(NamedTuple):
     marked: bool  # the tables come from marks
     lag_rows: bool  # each row has lags of its own
     document_rows: bool  # each row has documents of its own
-
-
-def plan(options: Options, width: int, key_width: int, dtype) -> gpu.Plan:
-    """`gpu.plan`, with shorter chunks where a chunk of float32 would want 265 KB of a Hopper's 227 of shared memory."""
-    tiles = gpu.plan(options, width, key_width, dtype)
-    if key_width > 128 and (options.high or dtype == jnp.float32):
-        short = tiles.scan._replace(chunk=16)
-        return gpu.Plan(short, short)
-    return tiles
 
 
 def scan(layout: Layout, tiles: Tiles, rates_H, marks: Marks | tuple[()], q, k, v, starts, out_dtype) -> Any:
@@ -99,7 +90,7 @@ def joined_states(interpret: bool, local, keep_BNH, start) -> jax.Array:
     return joined
 
 
-KERNELS = gpu.Kernels(plan, local_states, joined_states, scan)
+KERNELS = gpu.Kernels(local_states, joined_states, scan)
 forward = functools.partial(gpu.forward, kernels=KERNELS)
 backward = functools.partial(gpu.backward, kernels=KERNELS)
 
