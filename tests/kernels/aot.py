@@ -42,6 +42,7 @@ class Compiled(NamedTuple):
     error: str = ""
     seconds: float = 0.0  # processor time of tracing and compiling, so that a busy machine does not matter
     temp_bytes: int = 0
+    bytes_accessed: float = 0.0  # of memory, by XLA's count; a kernel's are what its CostEstimate says
     bundles: dict[str, dict[str, int]] = {}  # kernel -> loop depth -> instruction bundles
     registers: dict[str, int] = {}  # H100: kernel -> registers a thread; the most, of several kernels of one name
     spilled: dict[str, int] = {}  # H100: kernel -> bytes of stores to memory for want of registers
@@ -141,7 +142,8 @@ def _compile(case: Case) -> Compiled:
             jitted = jax.jit(function)
         compiled = jitted.lower(*shapes).compile()
     seconds = time.process_time() - before
-    result = Compiled(case.name, "", seconds, compiled.memory_analysis().temp_size_in_bytes)
+    accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
+    result = Compiled(case.name, "", seconds, compiled.memory_analysis().temp_size_in_bytes, accessed)
     new = sorted(set(dump.iterdir()) - old)
     if case.target == "h100":
         return result._replace(**_ptxas(new))
