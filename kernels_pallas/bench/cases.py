@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from kernels_pallas.cross_entropy import api as cross_entropy
 from kernels_pallas.lightning import api as lightning
 
 KERNELS = ("lightning", "attention", "decode", "linear_kl")
+LIGHTNING_SHAPES = [(1, 131072, 16), (8, 4096, 16), (1, 32768, 16), (1, 131072, 32)]  # batch, tokens, heads
 HEADS, KV_HEADS, WIDTH = 16, 8, 128
 
 
@@ -33,19 +34,17 @@ class Case:
     implementations: Mapping[str, Callable[..., Any]]
     bytes: float = 0.0
     flops: float = 0.0
-    outside: Mapping[str, float] = field(default_factory=dict)  # milliseconds of peers that do not run in JAX
 
 
 def cases(kernels: tuple[str, ...], small: bool) -> Iterator[Case]:
     """The cases of the named kernels; `small` ones take seconds on a CPU."""
     if "lightning" in kernels:
-        shapes = [(1, 2048, 2)] if small else [(1, 131072, 16), (8, 4096, 16), (1, 32768, 16), (1, 131072, 32)]
-        fla = {} if small else peers.fla(shapes, WIDTH)
+        shapes = [(1, 2048, 2)] if small else LIGHTNING_SHAPES
         for shape in shapes:
-            yield from _lightning(*shape, False, fla)
-        yield from _lightning(*shapes[0], True, {})
+            yield from _lightning(*shape, documents=False)
+        yield from _lightning(*shapes[0], documents=True)
         if not small:
-            yield next(_lightning(1, 524288, 16, False, {}))
+            yield from _lightning(1, 524288, 16, documents=False)
     if "attention" in kernels:
         for batch, length in [(1, 1024)] if small else [(4, 8192), (1, 32768), (1, 131072)]:
             yield from _attention(batch, length, False)
@@ -79,11 +78,13 @@ def _documents(batch: int, length: int) -> jax.Array:
     return jnp.asarray(np.cumsum(begins, axis=1), jnp.int32)
 
 
-def _lightning(batch: int, length: int, heads: int, documents: bool, fla: Mapping[str, float]) -> Iterator[Case]:
+def _lightning(batch: int, length: int, heads: int, documents: bool) -> Iterator[Case]:
     tokens = (batch, length, heads, WIDTH)
     unit = 2 * np.prod(tokens, dtype=float)  # bytes of one tensor
     ids = _documents(batch, length) if documents else None
-    names = [name for name in lightning.BACKENDS if name != "reference"]
+    # XLA's scan is an order of magnitude behind on an accelerator: once is enough.
+    leave_out = {"reference", "xla"} if length * heads > 2**21 or batch > 1 else {"reference"}
+    names = [name for name in lightning.BACKENDS if name not in leave_out]
 
     def function(backend: str) -> Callable[..., jax.Array]:
         return lambda q, k, v: lightning.lightning_attention(
@@ -103,9 +104,8 @@ def _lightning(batch: int, length: int, heads: int, documents: bool, fla: Mappin
         ("", lambda f: lambda q, k, v, do: f(q, k, v), 6),
         (" + backward", _both_ways, 18),
     ):
-        outside = {"fla": fla[f"{shape}{way}"]} if f"{shape}{way}" in fla else {}
         functions = {name: wrap(f) for name, f in forward.items()}
-        yield Case("lightning" + way, shape, _random(*[tokens] * 4), functions, bytes=units * unit, outside=outside)
+        yield Case("lightning" + way, shape, _random(*[tokens] * 4), functions, bytes=units * unit)
 
 
 def _attention(batch: int, length: int, documents: bool) -> Iterator[Case]:

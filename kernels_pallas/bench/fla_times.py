@@ -44,8 +44,8 @@ def times(batch: int, length: int, heads: int, width: int) -> dict[str, float]:
 
     with torch.no_grad():
         alone = milliseconds(forward)
-    name = f"B{batch} T{length} H{heads}"
-    return {name: alone, f"{name} + backward": milliseconds(both)}
+    shape_name = f"B{batch} T{length} H{heads}"
+    return {f"lightning {shape_name}": alone, f"lightning + backward {shape_name}": milliseconds(both)}
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from kernels_pallas.lightning import api as lightning
 
 
 def fla(shapes: Sequence[tuple[int, int, int]], width: int) -> dict[str, float]:
-    """Milliseconds of fla's simple_gla with fixed decays by "B.. T.. H.." and the same "+ backward"; {} without fla.
+    """Milliseconds of fla's simple_gla with fixed decays by kernel and shape, as the table names them; {} without fla.
 
     In a process of its own: torch and JAX would fight for the device's memory. Its first call tunes for minutes.
     """
-    if importlib.util.find_spec("fla") is None or jax.default_backend() != "gpu":
+    if not shapes or importlib.util.find_spec("fla") is None or jax.default_backend() != "gpu":
         return {}
     command = [sys.executable, "-m", "kernels_pallas.bench.fla_times", json.dumps([[*s, width] for s in shapes])]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 
-from kernels_pallas.bench.cases import KERNELS, Case, cases
+from kernels_pallas.bench import peers
+from kernels_pallas.bench.cases import KERNELS, LIGHTNING_SHAPES, WIDTH, Case, cases
 from kernels_pallas.bench.ceilings import Ceilings, ceilings
 from kernels_pallas.bench.timing import milliseconds
 from kernels_pallas.dispatch import Refused
@@ -37,7 +40,7 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
 
     Returns:
       {"device", "versions", "ceilings", "rows"}, all JSON; a row has kernel, shape, implementation and either
-      milliseconds, share (of the ceiling that its work is bound by) and temporary_bytes, or "refused", a reason.
+      milliseconds, share (of the ceiling that its work is bound by) and temporary_bytes, or "refused", why there are none.
 
     Raises:
       ValueError: a kernel is unknown.
@@ -51,8 +54,15 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
     say(f"{device}: copy {top.copy / 1e12:.2f} TB/s, bfloat16 product {top.matmul / 1e12:.1f} TFLOP/s")
     say(HEADER)
     rows = []
-    for case in cases(kernels, small):
-        measured = _measure(case, top)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shapes = LIGHTNING_SHAPES if "lightning" in kernels and not small else []
+        fla = pool.submit(peers.fla, shapes, WIDTH)
+        compiled = [(case, _compiled(case, pool)) for case in cases(kernels, small)]
+        # All is compiled, and fla done, before anything is timed.
+        wait([future for _, functions in compiled for future in functions.values()])
+        times = fla.result()
+    for case, functions in compiled:
+        measured = _measure(case, functions, times, top)
         rows += measured
         for line in _lines(measured):
             say(line)
@@ -67,26 +77,34 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
 HEADER = f"{'kernel':<24}{'shape':<34}{'implementation':<26}{'ms':>9}{'of ceiling':>12}{'temporaries':>13}  over peers"
 
 
-def _measure(case: Case, top: Ceilings) -> list[dict[str, Any]]:
-    at_best = 1e3 * (case.bytes / top.copy if case.bytes else case.flops / top.matmul)
+def _compiled(case: Case, pool: Executor) -> dict[str, Future]:
+    inputs = jax.eval_shape(case.inputs)
+    return {
+        name: pool.submit(lambda function: jax.jit(function).lower(*inputs).compile(), function)
+        for name, function in case.implementations.items()
+    }
+
+
+def _measure(case: Case, functions: dict[str, Future], fla: dict[str, float], top: Ceilings) -> list[dict[str, Any]]:
+    about = {"kernel": case.kernel, "shape": case.shape}
     inputs = case.inputs()
-    rows = []
-    for name, function in case.implementations.items():
-        row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "implementation": name}
+    rows: list[dict[str, Any]] = []
+    for name, future in functions.items():
         try:
-            compiled = jax.jit(function).lower(*inputs).compile()
-            row["milliseconds"] = milliseconds(compiled, *inputs)
-            memory = compiled.memory_analysis()
-            row["temporary_bytes"] = memory.temp_size_in_bytes if memory else None
+            function = future.result()
+            memory = function.memory_analysis()
+            measured: dict[str, Any] = {
+                "milliseconds": milliseconds(function, *inputs),
+                "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+            }
         except Refused as refusal:
-            row["refused"] = str(refusal).split("call: ")[-1]
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            row["refused"] = f"it does not run here: {str(error).splitlines()[0][:120]}"
-        rows.append(row)
-    rows += [
-        {"kernel": case.kernel, "shape": case.shape, "implementation": name, "milliseconds": time}
-        for name, time in case.outside.items()
-    ]
+            measured = {"refused": str(refusal).split("call: ")[-1]}
+        except Exception as error:  # of a peer's, or of the machine: it is a line of the table, and the others go on
+            measured = {"refused": f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
+        rows.append({**about, "implementation": name, **measured})
+    if (key := f"{case.kernel} {case.shape}") in fla:
+        rows.append({**about, "implementation": "fla", "milliseconds": fla[key]})
+    at_best = 1e3 * (case.bytes / top.copy if case.bytes else case.flops / top.matmul)
     for row in rows:
         if "milliseconds" in row and at_best:
             row["share"] = at_best / row["milliseconds"]
