@@ -40,7 +40,7 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
 
     Returns:
       {"device", "versions", "ceilings", "rows"}, all JSON; a row has kernel, shape, implementation and either
-      milliseconds, share (of the ceiling that its work is bound by) and temporary_bytes, or "refused", why there are none.
+      milliseconds, share (of the ceiling that bounds its work) and temporary_bytes, or "refused", why it has none.
 
     Raises:
       ValueError: a kernel is unknown.
