@@ -30,7 +30,8 @@ from kernels_pallas.attention.tpu_decode import MOST_ROWS, decode
 from kernels_pallas.attention.tpu_forward import forward
 from kernels_pallas.dispatch import Backend
 
-QUERY_BLOCK, KEY_BLOCK, PART = 512, 1024, 512
+# Of one head in bfloat16, by static schedules (docs/decisions/0013): more queries pay on v6e only, and in the forward.
+FORWARD_BLOCKS, BACKWARD_BLOCKS = Blocks(1024, 1024, 512), Blocks(512, 1024, 512)
 WIDTHS = (32, 64, 128, 256)
 
 
@@ -144,13 +145,16 @@ def prepare(
 
 
 def _plan(q_BTHD, k_BSKD, blocks, dtype, gradient_dtype, interpret) -> Plan:
-    if blocks is None:
-        # The widest heads and float32 (three times the passes, twice the bytes) take half of the block.
-        large = q_BTHD.shape[3] > 128 or q_BTHD.dtype == jnp.float32
-        queries = largest_block(q_BTHD.shape[1], QUERY_BLOCK // (1 + large))
-        keys = largest_block(k_BSKD.shape[1], KEY_BLOCK // (1 + large))
-        blocks = Blocks(queries, keys, min(keys, PART))
-    return Plan(blocks, blocks, jnp.dtype(dtype), jnp.dtype(gradient_dtype), interpret)
+    forward_blocks = blocks or _blocks(q_BTHD, k_BSKD, FORWARD_BLOCKS)
+    backward_blocks = blocks or _blocks(q_BTHD, k_BSKD, BACKWARD_BLOCKS)
+    return Plan(forward_blocks, backward_blocks, jnp.dtype(dtype), jnp.dtype(gradient_dtype), interpret)
+
+
+def _blocks(q_BTHD, k_BSKD, most: Blocks) -> Blocks:
+    # The widest heads, and float32 (several passes, twice the bytes), take half of the block.
+    halves = 1 + (q_BTHD.shape[3] > 128 or q_BTHD.dtype == jnp.float32)
+    keys = largest_block(k_BSKD.shape[1], most.keys // halves)
+    return Blocks(largest_block(q_BTHD.shape[1], most.queries // halves), keys, min(keys, most.part))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -224,10 +228,10 @@ def refuses(*, q_BTHD, k_BSKD, v_BSKD, **options) -> str | None:
         if x.shape[3] not in WIDTHS:
             return f"the heads of {name} are {x.shape[3]} wide, and it takes {', '.join(map(str, WIDTHS))}"
     plan = _plan(q_BTHD, k_BSKD, None, q_BTHD.dtype, q_BTHD.dtype, False)
-    counts = [-(-x.shape[1] // block) for x, block in ((q_BTHD, plan.forward.queries), (k_BSKD, plan.forward.keys))]
+    counts = [-(-x.shape[1] // block) for x, block in ((q_BTHD, plan.backward.queries), (k_BSKD, plan.backward.keys))]
     if table_bytes(q_BTHD.shape[0], *counts) > SMEM_BYTES:
         return f"{q_BTHD.shape[0]} rows of {k_BSKD.shape[1]} keys have more blocks than scalar memory holds tables for"
-    return None
+    return compat.undivided()
 
 
 def cached_attention(

@@ -63,7 +63,7 @@ def backward(
         tables.visited_end,
     )
     by_head_BH2T = jnp.concatenate([log_sum_BH1T * LOG2_E, inner_BH1T], axis=2)
-    arrays = (q_BHTD, k_BKSD, v_BKSE, do_BHTE, rows.tokens_B3T)
+    arrays = (q_BHTD, k_BKSD, v_BKSE, do_BHTE, rows.last_B1T)
     call = compat.tpu_call(
         partial(_kernel, blocks=blocks, group=group, kv_heads=kv_heads, a_core=a_core, query_blocks=query_blocks),
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -76,20 +76,20 @@ def backward(
                 k_block,
                 v_block,
                 pl.BlockSpec((1, 1, blocks.keys), of_key),
-                *[anywhere] * 5,
+                *[anywhere] * 7,
             ],
             out_specs=[k_block, v_block, anywhere, anywhere],
             scratch_shapes=[
                 pltpu.VMEM((2, blocks.queries, width), q_BHTD.dtype),
                 pltpu.VMEM((2, blocks.queries, value_width), do_BHTE.dtype),
                 pltpu.VMEM((2, 2, blocks.queries), jnp.float32),
-                pltpu.VMEM((2, 3, blocks.queries), jnp.int32),
+                *[pltpu.VMEM((2, 1, blocks.queries), x) for x in (jnp.int32, jnp.int32, jnp.float32)],
                 pltpu.VMEM((DQ_SLOTS, blocks.queries, width), jnp.float32),
                 pltpu.VMEM((blocks.queries, width), dtype),
                 pltpu.VMEM((blocks.keys, width), jnp.float32),
                 pltpu.VMEM((blocks.keys, value_width), jnp.float32),
                 pltpu.VMEM((blocks.keys, LANES), jnp.int32),
-                pltpu.SemaphoreType.DMA((2, 4)),
+                pltpu.SemaphoreType.DMA((2, 6)),
                 pltpu.SemaphoreType.DMA((DQ_SLOTS,)),
                 pltpu.SemaphoreType.DMA((DQ_SLOTS,)),
                 pltpu.SemaphoreType.DMA,
@@ -102,7 +102,7 @@ def backward(
             compat.struct((cores, group, length, width), jnp.float32, arrays),
         ],
         # Query blocks that see nothing are visited by no one: their dq is the zeros that it starts from.
-        input_output_aliases={len(prefetched) + 7: 2},
+        input_output_aliases={len(prefetched) + 9: 2},
         cost_estimate=pl.CostEstimate(
             flops=batch * heads * length * keys * (3 * width + 2 * value_width),
             transcendentals=batch * heads * length * keys // 2,
@@ -112,7 +112,7 @@ def backward(
     )
     axes = frozenset().union(*(compat.varying_axes(x) for x in arrays))
     zeros = compat.vary(jnp.zeros(q_BHTD.shape, dtype), axes)
-    inputs = (k_BKSD, v_BKSE, rows.key_ids_B1S, q_BHTD, do_BHTE, by_head_BH2T, rows.tokens_B3T, zeros)
+    inputs = (k_BKSD, v_BKSE, rows.key_ids_B1S, q_BHTD, do_BHTE, by_head_BH2T, *rows[:3], zeros)
     dk, dv, dq, _ = call(*prefetched, *inputs)
     return dq, dk, dv
 
@@ -131,7 +131,9 @@ def _kernel(
     q_hbm,
     do_hbm,
     by_head_hbm,
-    tokens_hbm,
+    last_hbm,
+    ids_hbm,
+    factor_hbm,
     zeros_hbm,
     dk_ref,
     dv_ref,
@@ -140,7 +142,9 @@ def _kernel(
     q_buffer,
     do_buffer,
     by_head_buffer,
-    tokens_buffer,
+    last_buffer,
+    ids_buffer,
+    factor_buffer,
     dq_buffer,
     dq_rounded,
     dk_JD,
@@ -178,9 +182,9 @@ def _kernel(
             q_hbm.at[batch, head, at],
             do_hbm.at[batch, head, at],
             by_head_hbm.at[batch, head, :, at],
-            tokens_hbm.at[batch, :, at],
+            *(x.at[batch, :, at] for x in (last_hbm, ids_hbm, factor_hbm)),
         )
-        buffers = (q_buffer, do_buffer, by_head_buffer, tokens_buffer)
+        buffers = (q_buffer, do_buffer, by_head_buffer, last_buffer, ids_buffer, factor_buffer)
         return [
             pltpu.make_async_copy(source, buffer.at[slot], arrived.at[slot, n])
             for n, (source, buffer) in enumerate(zip(sources, buffers, strict=True))
@@ -218,8 +222,7 @@ def _kernel(
         slot, dq_slot = jax.lax.rem(step, 2), jax.lax.rem(step, DQ_SLOTS)
         q_RD, do_RE = q_buffer[slot], do_buffer[slot]
         log_sum_1R, inner_1R = (by_head_buffer[slot, n : n + 1] for n in (0, 1))
-        last_1R, ids_1R, bits_1R = (tokens_buffer[slot, n : n + 1] for n in range(3))
-        factor_1R = pltpu.bitcast(bits_1R, jnp.float32)
+        last_1R, ids_1R, factor_1R = last_buffer[slot], ids_buffer[slot], factor_buffer[slot]
         for start in range(0, blocks.keys, blocks.part):
             at = pl.ds(start, blocks.part)
             k_JD = k_ref[0, 0, at]

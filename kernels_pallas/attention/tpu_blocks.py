@@ -28,12 +28,14 @@ class Blocks(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of each token, with the tokens along the lanes.
+    """What is known of each token, [B,1,T] with the tokens along the lanes.
 
-    `tokens` are three int32 rows: the last key that a query sees, its id, and the bits of its float32 factor.
+    The last key that a query sees and its id, int32; the factor of its scores, float32; and the ids of the keys, int32.
     """
 
-    tokens_B3T: jax.Array
+    last_B1T: jax.Array
+    ids_B1T: jax.Array
+    factor_B1T: jax.Array
     key_ids_B1S: jax.Array
 
 
@@ -80,9 +82,11 @@ def padded(x: jax.Array, axis: int, block: int, value: int = 0) -> jax.Array:
 def rows(last_BT: jax.Array, ids_BT: jax.Array, factor_BT: jax.Array, key_ids_BS: jax.Array, blocks: Blocks) -> Rows:
     """Rows of whole blocks; what fills them up sees nothing and is not seen."""
     last_BT, ids_BT = (padded(x.astype(jnp.int32), 1, blocks.queries, -1) for x in (last_BT, ids_BT))
-    factor_BT = jax.lax.bitcast_convert_type(padded(factor_BT.astype(jnp.float32), 1, blocks.queries), jnp.int32)
+    factor_BT = padded(factor_BT.astype(jnp.float32), 1, blocks.queries)
     key_ids_BS = padded(key_ids_BS.astype(jnp.int32), 1, blocks.keys, FOREIGN)
-    return Rows(jnp.stack([last_BT, ids_BT, factor_BT], axis=1), key_ids_BS[:, None])
+    described = Rows(*(x[:, None] for x in (last_BT, ids_BT, factor_BT, key_ids_BS)))
+    # XLA would look for seconds for the best way to compute these again in everything that reads them.
+    return jax.lax.optimization_barrier(described)
 
 
 def tables(rows: Rows, blocks: Blocks) -> Tables:
@@ -92,25 +96,28 @@ def tables(rows: Rows, blocks: Blocks) -> Tables:
     """
     # Row by row: XLA takes many seconds to compile the same for all rows at once.
     by_row = jax.lax.map(
-        lambda row: _tables_of_row(*row, blocks), (rows.tokens_B3T[:, 0], rows.tokens_B3T[:, 1], rows.key_ids_B1S[:, 0])
+        lambda row: _tables_of_row(row[0], row[1], row[2], blocks),
+        (rows.last_B1T[:, 0], rows.ids_B1T[:, 0], rows.key_ids_B1S[:, 0]),
     )
     return Tables(*(x.reshape(-1) for x in by_row))
 
 
 def _tables_of_row(last_T: jax.Array, ids_T: jax.Array, key_ids_S: jax.Array, blocks: Blocks) -> Tables:
-    smallest_N, largest_N = _extremes(ids_T, last_T >= 0, blocks.queries)
-    smallest_M, largest_M = _extremes(key_ids_S, key_ids_S >= 0, blocks.keys)
-    reach_N = _largest(last_T, blocks.queries)
+    last_XL, ids_XL = (_by_lane(x, blocks.queries) for x in (last_T, ids_T))
+    key_ids_XL = _by_lane(key_ids_S, blocks.keys)
+    smallest_N, largest_N = _extremes(ids_XL, last_XL >= 0, blocks.queries)
+    smallest_M, largest_M = _extremes(key_ids_XL, key_ids_XL >= 0, blocks.keys)
+    reach_N = _largest(last_XL, blocks.queries)
     start_M = jnp.arange(smallest_M.shape[0], dtype=jnp.int32) * blocks.keys
     meets_NM = (smallest_M <= largest_N[:, None]) & (largest_M >= smallest_N[:, None]) & (start_M <= reach_N[:, None])
     key_first, key_end = _span(meets_NM, 0)
     place_N = jnp.arange(reach_N.shape[0], dtype=jnp.int32)[:, None]
     visited_NM = (key_first <= place_N) & (place_N < key_end)
-    has_padding_M = _largest(~key_ids_S, blocks.keys) >= 0
+    has_padding_M = _largest(~key_ids_XL, blocks.keys) >= 0
     return Tables(
         *_span(meets_NM, 1),
         jnp.where(smallest_N == largest_N, smallest_N, -1),
-        ~_largest(~last_T, blocks.queries),
+        ~_largest(~last_XL, blocks.queries),
         key_first,
         key_end,
         jnp.where((smallest_M == largest_M) & ~has_padding_M, smallest_M, -2),
@@ -118,17 +125,20 @@ def _tables_of_row(last_T: jax.Array, ids_T: jax.Array, key_ids_S: jax.Array, bl
     )
 
 
-def _largest(x_T: jax.Array, block: int) -> jax.Array:
-    """[T] -> [N], over the tokens of each block."""
-    # In two steps, the first along the lanes as they are: other ways to split a long row take XLA seconds to compile.
-    within = min(LANES, block)
-    return jnp.max(jnp.max(x_T.reshape(-1, within), axis=1).reshape(-1, block // within), axis=1)
+def _by_lane(x_T: jax.Array, block: int) -> jax.Array:
+    # As it is in memory; to split a long row in other ways takes XLA seconds to compile.
+    return x_T.reshape(-1, min(LANES, block))
 
 
-def _extremes(ids_T: jax.Array, counts_T: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+def _largest(x_XL: jax.Array, block: int) -> jax.Array:
+    """Over the tokens of each block."""
+    return jnp.max(jnp.max(x_XL, axis=1).reshape(-1, block // x_XL.shape[1]), axis=1)
+
+
+def _extremes(ids_XL: jax.Array, counts_XL: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """The smallest and largest id of each block, the wrong way round where none counts."""
-    smallest = ~_largest(jnp.where(counts_T, ~ids_T, FOREIGN), block)
-    return smallest, _largest(jnp.where(counts_T, ids_T, FOREIGN), block)
+    smallest = ~_largest(jnp.where(counts_XL, ~ids_XL, FOREIGN), block)
+    return smallest, _largest(jnp.where(counts_XL, ids_XL, FOREIGN), block)
 
 
 def _span(meets: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

@@ -51,7 +51,7 @@ def forward(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     # Dense causal work; the compiler only wants an idea of it.
     flops = 2 * batch * heads * length * keys * (width + value_width) // 2
-    arrays = (q_BHTD, k_BKSD, v_BKSE, rows.tokens_B3T)
+    arrays = (q_BHTD, k_BKSD, v_BKSE, rows.last_B1T)
     call = compat.tpu_call(
         partial(_kernel, blocks=blocks, heads=heads, group=group, count=count),
         dimension_semantics=("parallel", "arbitrary"),
@@ -62,7 +62,7 @@ def forward(
             grid=(batch * heads, count),
             in_specs=[
                 pl.BlockSpec((1, 1, blocks.queries, width), of_head),
-                pl.BlockSpec((1, 3, blocks.queries), of_token),
+                *[pl.BlockSpec((1, 1, blocks.queries), of_token)] * 3,
                 anywhere,
                 anywhere,
                 anywhere,
@@ -94,7 +94,7 @@ def forward(
         name="attention_forward",
     )
     spans = (tables.query_first, tables.query_end, tables.query_only, tables.query_reach, tables.key_only)
-    return call(*spans, q_BHTD, rows.tokens_B3T, k_BKSD, v_BKSE, rows.key_ids_B1S)
+    return call(*spans, q_BHTD, rows.last_B1T, rows.ids_B1T, rows.factor_B1T, k_BKSD, v_BKSE, rows.key_ids_B1S)
 
 
 def column(row_1R: jax.Array) -> jax.Array:
@@ -124,7 +124,9 @@ def _kernel(
     reach_ref,
     key_only_ref,
     q_ref,
-    tokens_ref,
+    last_ref,
+    ids_ref,
+    factor_ref,
     k_hbm,
     v_hbm,
     key_ids_hbm,
@@ -165,9 +167,8 @@ def _kernel(
         for copy in copies(first, 0):
             copy.start()
 
-    last_RL[...], ids_RL[...], bits = (column(tokens_ref[0, n : n + 1]) for n in range(3))
     # Powers of two are cheaper than powers of e.
-    factor_RL[...] = pltpu.bitcast(bits, jnp.float32) * LOG2_E
+    last_RL[...], ids_RL[...], factor_RL[...] = column(last_ref[0]), column(ids_ref[0]), column(factor_ref[0] * LOG2_E)
     top_RL[...] = jnp.full_like(top_RL, NOTHING)
     total_RL[...] = jnp.zeros_like(total_RL)
     o_RE[...] = jnp.zeros_like(o_RE)

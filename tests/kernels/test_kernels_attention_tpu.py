@@ -146,7 +146,7 @@ def test_every_pair_that_meets_is_visited(ids, shuffled, ahead):
         ids = np.where(ids >= 0, ids * 7 % 4, ids)
     last = np.where(ids >= 0, np.clip(ahead + np.arange(60), -1, 59), -1)
     rows, tables = jax.tree.map(np.asarray, _tables(last, ids, ids))
-    last, ids, key_ids = rows.tokens_B3T[:, 0], rows.tokens_B3T[:, 1], rows.key_ids_B1S[:, 0]
+    last, ids, key_ids = rows.last_B1T[:, 0], rows.ids_B1T[:, 0], rows.key_ids_B1S[:, 0]
     seen = (np.arange(key_ids.shape[1]) <= last[:, :, None]) & (ids[:, :, None] == key_ids[:, None])
     seen = seen.reshape(2, -1, 8, key_ids.shape[1] // 16, 16)
     by_query, by_key = ({name: getattr(tables, name).reshape(2, -1) for name in names} for names in _NAMES)
