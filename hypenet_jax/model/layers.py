@@ -38,8 +38,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 def apply_rope(x_BTHD: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray) -> jax.Array:
     """Rotate by position: dimension i pairs with i + D/2 (Qwen3's and Llama's convention). Angles are float32."""
     angles = positions_BT.astype(jnp.float32)[..., None] * frequencies
-    # Behind a barrier, or XLA makes every cosine anew for each head: on an H100 the norm and RoPE of [1, 32768, 16, 128]
-    # in bfloat16 took 2.41 ms instead of 0.26 (docs/decisions/0015).
+    # Behind a barrier, or XLA makes every cosine anew for each head: on an H100 the norm and RoPE of a bfloat16
+    # [1, 32768, 16, 128] took 2.41 ms instead of 0.26 (docs/decisions/0015).
     cos, sin = jax.lax.optimization_barrier((jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]))
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

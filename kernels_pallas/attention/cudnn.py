@@ -47,7 +47,8 @@ def _refuses(*, q_BTHD, k_BSKD, v_BSKD, causal, segment_ids, **call) -> str | No
     if k_BSKD.shape != v_BSKD.shape or k_BSKD.shape[3] > 128:
         return f"k and v are {k_BSKD.shape[3]} and {v_BSKD.shape[3]} wide, and it takes one width up to 128"
     try:
-        jax.eval_shape(_attend(causal, 1.0), q_BTHD, k_BSKD, v_BSKD)
+        # The gradient too: some lengths only the forward takes, and nobody knows yet what will be differentiated.
+        jax.eval_shape(partial(jax.vjp, _attend(causal, 1.0)), q_BTHD, k_BSKD, v_BSKD)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as refusal:
         return f"JAX says: {refusal}"  # no cuDNN here, or not for these shapes
     return None

@@ -144,7 +144,7 @@ def refusal(q_BTHD, k_BSKD, v_BSKD) -> str | None:
             return f"{name} is {x.dtype}, and it takes float32 and bfloat16"
         if x.shape[3] > 256:
             return f"{name} is {x.shape[3]} wide, and it goes to 256"
-    return None
+    return compat.undivided()
 
 
 def _rows(ref, row, start, size: int, head, end):

@@ -61,86 +61,99 @@ def _random(*shapes: tuple[int, ...]) -> Callable[[], tuple[jax.Array, ...]]:
     return lambda: tuple(jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
 
 
-def _both_ways(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The output and the gradients in all arguments but the last, which is the output's cotangent."""
+def _with_documents(*shapes: tuple[int, ...]) -> Callable[[], tuple[jax.Array, ...]]:
+    """Random arrays, the last the cotangent of the output, then the ids of about one document a thousand tokens.
 
-    def run(*arguments):
-        *inputs, cotangent = arguments
-        output, pull = jax.vjp(forward, *inputs)
+    The ids are an argument also where they are not used: in a program they would be constants, and XLA would spend
+    minutes on computing all that follows from them.
+    """
+    arrays = _random(*shapes)
+
+    def inputs() -> tuple[jax.Array, ...]:
+        begins = jax.random.uniform(jax.random.key(9), shapes[0][:2]) < 1e-3
+        return *arrays(), jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+
+    return inputs
+
+
+def _one_way(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return lambda q, k, v, cotangent, ids: forward(q, k, v, ids)
+
+
+def _both_ways(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The output and the gradients in q, k and v."""
+
+    def run(q, k, v, cotangent, ids):
+        output, pull = jax.vjp(lambda q, k, v: forward(q, k, v, ids), q, k, v)
         return output, pull(cotangent)
 
     return run
 
 
-def _documents(batch: int, length: int) -> jax.Array:
-    """About one document every thousand tokens."""
-    begins = np.random.default_rng(0).random((batch, length)) < 1e-3
-    return jnp.asarray(np.cumsum(begins, axis=1), jnp.int32)
-
-
 def _lightning(batch: int, length: int, heads: int, documents: bool) -> Iterator[Case]:
     tokens = (batch, length, heads, WIDTH)
     unit = 2 * np.prod(tokens, dtype=float)  # bytes of one tensor
-    ids = _documents(batch, length) if documents else None
+    slopes = lightning.slopes(heads)
     # XLA's scan is an order of magnitude behind on an accelerator: once is enough.
     leave_out = {"reference", "xla"} if length * heads > 2**21 or batch > 1 else {"reference"}
     names = [name for name in lightning.BACKENDS if name not in leave_out]
 
-    def function(backend: str) -> Callable[..., jax.Array]:
-        return lambda q, k, v: lightning.lightning_attention(
-            q, k, v, lightning.slopes(heads), segment_ids=ids, backend=backend
-        )[0]
+    def function(backend: str, **options: Any) -> Callable[..., jax.Array]:
+        def call(q, k, v, ids):
+            options["segment_ids"] = ids if documents else None
+            return lightning.lightning_attention(q, k, v, slopes, backend=backend, **options)[0]
 
-    def short(q, k, v):
-        return lightning.lightning_attention(q, k, v, lightning.slopes(heads), short_memory=24.0, backend="gpu")[0]
+        return call
 
     forward = {name: function(name) for name in names}
     if not documents and jax.default_backend() == "gpu":
-        forward["gpu, 24 bits of memory"] = short
-        forward |= peers.jax_linear_attention(heads)
+        forward["gpu, 24 bits of memory"] = function("gpu", short_memory=24.0)
+        forward |= peers.jax_linear_attention(slopes)
     shape = f"B{batch} T{length} H{heads}" + " documents" * documents
     # The floor of an exact scheme of two passes: q, k, v, o and k, v again; backward three such scans and a state pass.
     for way, wrap, units in (
-        ("", lambda f: lambda q, k, v, do: f(q, k, v), 6),
+        ("", _one_way, 6),
         (" + backward", _both_ways, 18),
     ):
         functions = {name: wrap(f) for name, f in forward.items()}
-        yield Case("lightning" + way, shape, _random(*[tokens] * 4), functions, bytes=units * unit)
+        yield Case("lightning" + way, shape, _with_documents(*[tokens] * 4), functions, bytes=units * unit)
 
 
 def _attention(batch: int, length: int, documents: bool) -> Iterator[Case]:
     q, kv = (batch, length, HEADS, WIDTH), (batch, length, KV_HEADS, WIDTH)
-    ids = _documents(batch, length) if documents else None
     names = [name for name in attention.BACKENDS if name not in ("reference", "xla")]
     if jax.default_backend() == "cpu":
         names = ["xla"]
 
     def function(backend: str) -> Callable[..., jax.Array]:
-        return lambda q, k, v: attention.attention(q, k, v, segment_ids=ids, backend=backend)
+        return lambda q, k, v, ids: attention.attention(
+            q, k, v, segment_ids=ids if documents else None, backend=backend
+        )
 
     forward = {name: function(name) for name in names} | ({} if documents else peers.tokamax_attention())
     shape = f"B{batch} T{length} H{HEADS}/{KV_HEADS}" + " documents" * documents
     # Causal: half of the two products forward, of five backward. Documents skip most of that, so their share means
     # nothing, and only the times compare.
     half = batch * HEADS * float(length) ** 2 * WIDTH
-    for way, wrap, products in (("", lambda f: lambda q, k, v, do: f(q, k, v), 2), (" + backward", _both_ways, 7)):
+    for way, wrap, products in (("", _one_way, 2), (" + backward", _both_ways, 7)):
         functions = {name: wrap(f) for name, f in forward.items()}
-        yield Case(
-            "attention" + way, shape, _random(q, kv, kv, q), functions, flops=0 if documents else products * half
-        )
+        flops = 0 if documents else products * half
+        yield Case("attention" + way, shape, _with_documents(q, kv, kv, q), functions, flops=flops)
 
 
 def _decode(batch: int, slots: int) -> Case:
     q, kv = (batch, 1, HEADS, WIDTH), (batch, slots, KV_HEADS, WIDTH)
     names = [name for name in attention.CACHED_BACKENDS if name != "reference"]
-    places = jnp.full((batch, 1), slots - 1, jnp.int32)
+
+    def inputs() -> tuple[jax.Array, ...]:
+        return *_random(q, kv, kv)(), jnp.full((batch, 1), slots - 1, jnp.int32)
 
     def function(backend: str) -> Callable[..., jax.Array]:
-        return lambda q, k, v: attention.cached_attention(q, k, v, places, backend=backend)
+        return lambda q, k, v, places: attention.cached_attention(q, k, v, places, backend=backend)
 
     shape = f"B{batch} keys {slots} H{HEADS}/{KV_HEADS}"
     functions = {name: function(name) for name in names}
-    return Case("decode attention", shape, _random(q, kv, kv), functions, bytes=4 * np.prod(kv, dtype=float))
+    return Case("decode attention", shape, inputs, functions, bytes=4 * np.prod(kv, dtype=float))
 
 
 def _linear_kl(tokens: int, width: int, vocabulary: int) -> Case:

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from kernels_pallas.lightning import api as lightning
+import numpy as np
 
 
 def fla(shapes: Sequence[tuple[int, int, int]], width: int) -> dict[str, float]:
@@ -29,14 +28,16 @@ def fla(shapes: Sequence[tuple[int, int, int]], width: int) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def jax_linear_attention(heads: int) -> dict[str, Callable[..., Any]]:
+def jax_linear_attention(slopes: np.ndarray) -> dict[str, Callable[..., Any]]:
     """jax-linear-attention's simple GLA, where it is installed."""
     if importlib.util.find_spec("jla") is None or jax.default_backend() != "gpu":
         return {}
     from jla.ops import linear_attention
 
-    def call(q, k, v):
-        log_decay = jnp.broadcast_to(-jnp.asarray(lightning.slopes(heads)), q.shape[:3])
+    def call(q, k, v, ids):
+        # Never positive, but not known to XLA: it would compute for minutes with a constant.
+        nothing = jnp.minimum(ids, 0).astype(jnp.float32)[..., None]
+        log_decay = jnp.broadcast_to(nothing - jnp.asarray(slopes), q.shape[:3])
         return linear_attention("simple_gla", q, k, v, g=log_decay)[0]
 
     return {"jax-linear-attention": call}
@@ -48,4 +49,4 @@ def tokamax_attention() -> dict[str, Callable[..., Any]]:
         return {}
     import tokamax
 
-    return {"tokamax": lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True)}
+    return {"tokamax": lambda q, k, v, ids: tokamax.dot_product_attention(q, k, v, is_causal=True)}

@@ -265,8 +265,17 @@ def test_on_a_gpu_documents(width, dtype, length):
 @pytest.mark.parametrize(("causal", "length"), [(True, 2048), (True, 999), (False, 1500)])
 def test_on_a_gpu_whole_sequences(function, causal, length):
     arrays = random_inputs(2, length, length, 8, 4, 128, dtype=jnp.bfloat16)
+    options = {"causal": causal, "scale": 128**-0.5}
+    if function is cudnn.attention and length % 2:
+        assert "Unsupported sequence length" in cudnn.BACKEND.refuses(
+            q_BTHD=arrays[0], k_BSKD=arrays[1], v_BSKD=arrays[2], causal=causal, segment_ids=None
+        )
+        return
+    check(function, arrays, tolerance=BFLOAT16, **options)
+    # cuDNN gets q scaled and rounded once more, which adds up in quadrature.
+    once_more = 2**-9 / 3**0.5 if function is cudnn.attention else 0.0
     growth = np.linspace(1, 1.5, length).astype(np.float32)
-    check(function, arrays, causal=causal, scale=128**-0.5, logit_scale=growth, tolerance=BFLOAT16)
+    check(function, arrays, logit_scale=growth, tolerance=float(np.hypot(BFLOAT16, once_more)), **options)
 
 
 @on_gpu

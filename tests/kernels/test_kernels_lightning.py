@@ -15,7 +15,7 @@ from kernels_pallas.lightning import api, lightning_attention, lightning_decode_
 from kernels_pallas.lightning.recurrence import Passes, backend_function
 from kernels_pallas.selfcheck import relative_error
 
-BACKENDS = sorted(api.BACKENDS)
+BACKENDS = ("reference", "xla")  # those that run anywhere; the others have files of their own
 FLOAT32, BFLOAT16 = 1e-5, 4e-3
 NAMES = ("q", "k", "v", "initial_state")
 
@@ -290,7 +290,7 @@ def test_mistakes_are_named():
         lightning_attention(q, k, v, slopes(3), segment_ids=jnp.zeros((2, 8), jnp.int32))
     with pytest.raises(ValueError, match="precision is 'low'"):
         lightning_attention(q, k, v, slopes(3), precision="low")
-    with pytest.raises(ValueError, match="known: auto, xla, reference"):
+    with pytest.raises(ValueError, match="known: auto, tpu, gpu, jax-triton, xla, reference"):
         lightning_attention(q, k, v, slopes(3), backend="cuda")
     with pytest.raises(ValueError, match="float16"):
         lightning_attention(*(x.astype(np.float16) for x in (q, k, v)), slopes(3), backend="xla")
