@@ -57,6 +57,13 @@ def compute_capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def multiprocessors() -> int:
+    """Of the GPU here, or an H100's 132 where there is none: then code is compiled for another machine."""
+    if jax.default_backend() != "gpu":
+        return 132
+    return jax.local_devices(backend="gpu")[0].core_count
+
+
 def triton_call(
     kernel: Callable[..., None], *, num_warps: int, num_stages: int, interpret: bool = False, **arguments: Any
 ) -> Callable[..., Any]:

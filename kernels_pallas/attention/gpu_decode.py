@@ -67,13 +67,13 @@ def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiles:
 
 
 def splits_for(tiles: Tiles, batch: int, k_BSKD: jax.Array) -> int:
-    """How many shares each (batch row, kv head) makes of its keys: the fewest whole waves of programs on an H100.
+    """How many shares each (batch row, kv head) makes of its keys: the fewest whole waves of programs.
 
-    As many programs run on one of its 132 multiprocessors as their blocks fit its 227 KB of shared memory.
+    As many programs run on a multiprocessor as their blocks fit 227 KB of shared memory (a Hopper's).
     """
     slots, heads, width = k_BSKD.shape[1:]
     used = 2 * (tiles.num_stages - 1) * tiles.keys * columns(width) * k_BSKD.dtype.itemsize + 8192
-    programs = 132 * min(4, max(1, 227 * 1024 // used))
+    programs = compat.multiprocessors() * min(4, max(1, 227 * 1024 // used))
     pairs, most = batch * heads, max(1, slots // (4 * tiles.keys))
     fills = {waves: waves * programs // pairs * pairs / (waves * programs) for waves in range(1, 9)}
     waves = next((waves for waves, filled in fills.items() if filled > 0.96), 8)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.compat import compute_capability, platform, undivided
+from kernels_pallas.compat import compute_capability, multiprocessors, platform, undivided
 from kernels_pallas.dispatch import Backend
 from kernels_pallas.lightning import gpu_kernels
 from kernels_pallas.lightning.gpu_kernels import Layout, Tiles
@@ -21,7 +21,6 @@ from kernels_pallas.lightning.marks import Decay, Marks, marks
 from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
 
 WIDTHS = (16, 32, 64, 128, 256)
-PROGRAMS = 132  # one on each multiprocessor of an H100
 MIN_CHUNKS = 4  # a segment: fewer would spend more on states than on tokens
 
 
@@ -36,7 +35,8 @@ def plan(options: Options, width: int, key_width: int, dtype) -> Plan:
     """Tiles by head width, dtype and machine. Measured on an H100 at width 128 in bfloat16 (docs/decisions/0016)."""
     exact = options.high or dtype == jnp.float32
     roomy = compute_capability()[0] in (9, 10)  # over 200 KB of shared memory: Hopper, and Blackwell's large chips
-    columns = min(width, 64 if exact or key_width > 128 else 128)
+    # K and V change places in the gradients' scans, so the columns of a program must divide both.
+    columns = min(width, key_width, 64 if exact or key_width > 128 else 128)
     tiles = Tiles(64 if roomy and not exact else 32, columns, 4 if min(width, key_width) <= 64 else 8, 2)
     if exact and key_width > 128:
         # What fits in shared memory.
@@ -113,7 +113,8 @@ def _layout(options: Options, tiles: Plan, q, v) -> Layout:
     batch, length, heads, _ = q.shape
     chunks = -(-length // tiles.scan.chunk)
     programs = batch * heads * (v.shape[-1] // tiles.scan.columns)
-    segments = max(1, min(PROGRAMS // programs, chunks // MIN_CHUNKS))
+    # One program on each multiprocessor fills the chip: two measured the same.
+    segments = max(1, min(multiprocessors() // programs, chunks // MIN_CHUNKS))
     per_segment = -(-chunks // segments)
     exact = options.high or q.dtype == jnp.float32
     return Layout(False, length, -(-chunks // per_segment), per_segment, exact, options.interpret)

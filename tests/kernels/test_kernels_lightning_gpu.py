@@ -23,7 +23,7 @@ FUNCTION = functools.partial(backend_function(PASSES), interpret=True)
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
     """Rows of few chunks are cut into segments all the same."""
-    monkeypatch.setattr(gpu, "PROGRAMS", 12)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 12)
     monkeypatch.setattr(gpu, "MIN_CHUNKS", 1)
 
 
@@ -33,6 +33,12 @@ def short_segments(monkeypatch):
 def test_values_and_gradients(shape, segmented, gated):
     ids = segments(shape) if segmented else None
     check(FUNCTION, shape, segment_ids=ids, gated=gated, tolerance=FLOAT32)
+
+
+@pytest.mark.parametrize("widths", [(16, 64), (64, 16)])
+def test_keys_and_values_of_different_widths(widths):
+    """With the tiles that a GPU would get."""
+    check(functools.partial(gpu.BACKEND.function, interpret=True), (1, 130, 1, *widths), tolerance=FLOAT32)
 
 
 @hypothesis.settings(max_examples=5, deadline=None)
@@ -53,7 +59,7 @@ def test_bfloat16(segmented):
 
 
 def test_a_short_memory_leaves_out_what_it_says(monkeypatch):
-    monkeypatch.setattr(gpu, "PROGRAMS", 3)  # segments of four chunks
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 3)  # segments of four chunks
     (q, k, v, state, _), _ = inputs((1, 192, 1, 16, 16))
     options = {"slopes_H": slopes(1) * 32, "scale": 1.0, "initial_state": state}
     exact, _ = FUNCTION(q, k, v, **options)
