@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
+import math
 import platform
 from collections.abc import Callable
 
 import jax
 
-from kernels_pallas.selfcheck import selfcheck
+from kernels_pallas.selfcheck import Row, selfcheck
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "safetensors", "gguf")
 
@@ -24,11 +26,27 @@ def examine(say: Callable[[str], None]) -> bool:
         limit = stats.get("bytes_limit")
         say(f"device {device.id}: {device.device_kind}" + (f", {limit / 2**30:.1f} GiB" if limit else ""))
     rows = selfcheck()
-    say(f"{'kernel':<22}{'backend':<12}{'check':<28}{'error':>10}{'tolerance':>11}")
-    for row in rows:
-        mark = "" if row.ok else "  FAILED"
-        say(f"{row.kernel:<22}{row.backend:<12}{row.check:<28}{row.error:>10.1e}{row.tolerance:>11.0e}{mark}")
+    say("kernels against their references, the worst of outputs and gradients (error / tolerance):")
+    for (kernel, backend), group in itertools.groupby(rows, lambda row: (row.kernel, row.backend)):
+        say(f"{kernel:<22}{backend:<12}{_verdict(list(group))}")
     return all(row.ok for row in rows)
+
+
+def _verdict(rows: list[Row]) -> str:
+    """What the checks of one backend of one kernel come to."""
+    failed = [row for row in rows if not row.ok]
+    if failed:
+        return "FAILED  " + "; ".join(f"{row.check} {row.error:.1e} / {row.tolerance:.0e}" for row in failed)
+    refused = {row.check.partition(": ")[2] for row in rows if math.isnan(row.error)}
+    ran = [row for row in rows if not math.isnan(row.error)]
+    if not ran:
+        return f"not here: {'; '.join(sorted(refused))}"
+    dtypes = list(dict.fromkeys(row.check.partition(": ")[0] for row in ran))
+    worst = [
+        max((row for row in ran if row.check.startswith(d)), key=lambda row: row.error / row.tolerance) for d in dtypes
+    ]
+    told = [f"{row.check} {row.error:.1e} / {row.tolerance:.0e}" for row in worst]
+    return "ok  " + "; ".join([*told, *sorted(refused)])
 
 
 def _version(name: str) -> str:
