@@ -31,12 +31,6 @@ SMALL_ATTENTION = functools.partial(gpu.attention, sizes=SMALL, interpret=True)
 ATTENTION = functools.partial(gpu.attention, interpret=True)
 
 
-def on_gpu(test):
-    """The contract at real sizes, on the machine: `pytest -m gpu`."""
-    absent = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-    return pytest.mark.gpu(absent(test))
-
-
 @hypothesis.given(ids=segments(2, 75))
 def test_any_segments(ids):
     growth = np.linspace(-0.5, 2, 150).astype(np.float32).reshape(2, 75)
@@ -248,7 +242,7 @@ def test_it_says_what_it_refuses(monkeypatch):
         assert "cuDNN" in refusal(cudnn.BACKEND, 128, jnp.bfloat16)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("length", [1, 700, 1999])
@@ -260,7 +254,7 @@ def test_on_a_gpu_documents(width, dtype, length):
     check(gpu.attention, arrays, scale=width**-0.5, segment_ids=ids, logit_scale=growth, tolerance=tolerance)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("function", [gpu.attention, cudnn.attention])
 @pytest.mark.parametrize(("causal", "length"), [(True, 2048), (True, 999), (False, 1500)])
 def test_on_a_gpu_whole_sequences(function, causal, length):
@@ -278,7 +272,7 @@ def test_on_a_gpu_whole_sequences(function, causal, length):
     check(function, arrays, logit_scale=growth, tolerance=float(np.hypot(BFLOAT16, once_more)), **options)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("length", "slots"), [(1, 30001), (4, 5000), (16, 999), (300, 2000)])
