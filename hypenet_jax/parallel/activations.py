@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hypenet_jax.parallel.rules import RULES
 
@@ -18,6 +21,21 @@ def divided_mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
     return mesh if not mesh.empty and mesh.size > 1 and auto and mesh.shape.get("seq", 1) == 1 else None
+
+
+@contextlib.contextmanager
+def mesh_of(params: Any) -> Iterator[None]:
+    """The mesh that the arrays lie on is in force within, so that kernels know of it; nothing is with one device."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    meshes = {
+        s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh) and s.mesh.size > 1
+    }
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    if mesh is None or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
 
 
 def dividing_axes(axis: str, size: int, mesh: AbstractMesh) -> tuple[str, ...]:
