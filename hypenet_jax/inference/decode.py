@@ -12,6 +12,7 @@ import numpy as np
 
 from hypenet_jax.inference.sampling import Sampling, sample
 from hypenet_jax.model import LanguageModel
+from hypenet_jax.parallel.activations import mesh_of
 
 # Tokens a burst has room for. How many it decodes is an argument, so that one compilation serves all.
 BURST = 32
@@ -45,12 +46,14 @@ def decode(
     stopped. The next burst is started before a burst is handed out, so that the device works while the host reads.
     """
     stops = jnp.asarray(sorted(stop_ids), jnp.int32)
-    state, pending = _first(cache, logits_BV, stops, seeds_B, sampling)
+    with mesh_of(params):
+        state, pending = _first(cache, logits_BV, stops, seeds_B, sampling)
     width, left = 1, max_new_tokens - 1
     for burst in bursts:
         steps = min(burst, BURST, left)
         if steps:
-            state, following = _burst(model, params, state, stops, seeds_B, steps, sampling)
+            with mesh_of(params):
+                state, following = _burst(model, params, state, stops, seeds_B, steps, sampling)
         tokens_BN = np.asarray(pending)[:, :width]
         yield tokens_BN
         if not steps or (tokens_BN[:, -1] < 0).all():

@@ -12,6 +12,7 @@ import numpy as np
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.inference.batching import align_left, cache_size, check_token_ids
 from hypenet_jax.model import LanguageModel
+from hypenet_jax.parallel.activations import mesh_of
 
 # Narrower last chunks cost a compilation and save next to nothing.
 NARROWEST = 16
@@ -48,8 +49,10 @@ def prefill(
     last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
     for start, width in chunks(length, chunk, narrow_last):
         piece = (_columns(array, start, width) for array in (tokens_BT, valid_BT))
-        cache, last_BD = _read_chunk(model, params, *piece, cache, last_BD)
-    return cache, _project(model, params, last_BD)
+        with mesh_of(params):
+            cache, last_BD = _read_chunk(model, params, *piece, cache, last_BD)
+    with mesh_of(params):
+        return cache, _project(model, params, last_BD)
 
 
 def chunks(length: int, chunk: int, narrow_last: bool = True) -> Iterator[tuple[int, int]]:

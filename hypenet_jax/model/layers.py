@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypenet_jax.model.config import LogitsScaling, RopeScaling
+from hypenet_jax.parallel.activations import constrain
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -64,7 +65,8 @@ def hype_scaling(a: jax.Array | float, positions_BT: jax.Array) -> jax.Array:
 def swiglu(params: dict, x_BTD: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)); params gate, up [D, F], down [F, D]."""
     gate, up, down = (params[name].astype(x_BTD.dtype) for name in ("gate", "up", "down"))
-    return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+    hidden_BTF = constrain(jax.nn.silu(x_BTD @ gate) * (x_BTD @ up), "batch", "length", "act_mlp")
+    return hidden_BTF @ down
 
 
 def project_heads(x_BTD: jax.Array, kernel_DHK: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from hypenet_jax.model.config import ModelConfig
 from hypenet_jax.model.context import Context, training_context
 from hypenet_jax.model.layers import hype_scaling, query_scaling, rms_norm, swiglu
 from hypenet_jax.model.parameters import Parameter, Table, ones
+from hypenet_jax.parallel.activations import constrain
 
 # mix(layer, normed_BTD, context) -> the mixer's output [B, T, D]
 Mix = Callable[[int, jax.Array, Context], jax.Array]
@@ -79,7 +80,7 @@ def forward(
     else:
         context = context._replace(query_scale_BT=query_scaling(config.logits_scaling, context.positions_BT))
     mix = mix or own_mixers(params, config)
-    x_BTD = jnp.asarray(params["embedding"])[tokens_BT].astype(dtype)
+    x_BTD = _residual(jnp.asarray(params["embedding"])[tokens_BT].astype(dtype))
     for layer in range(config.num_layers):
 
         def run(x_BTD, layer=layer):
@@ -117,7 +118,7 @@ def step(
     positions_BT = jnp.maximum(cache["length"][:, None] + count_BT - 1, 0)
     ids_BT = jnp.where(valid_BT, 0, -1)
     context = Context(positions_BT, ids_BT, query_scaling(config.logits_scaling, positions_BT))
-    x_BTD = jnp.asarray(params["embedding"])[tokens_BT].astype(dtype)
+    x_BTD = _residual(jnp.asarray(params["embedding"])[tokens_BT].astype(dtype))
     layers = []
     for layer, mixer in enumerate(config.mixers):
         weights = params[f"layer_{layer}"]
@@ -130,4 +131,10 @@ def step(
 
 
 def _feed_forward(weights: dict, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
-    return x_BTD + swiglu(weights["mlp"], rms_norm(x_BTD, weights["post_norm"], config.norm_eps))
+    x_BTD = _residual(x_BTD)
+    return _residual(x_BTD + swiglu(weights["mlp"], rms_norm(x_BTD, weights["post_norm"], config.norm_eps)))
+
+
+def _residual(x_BTD: jax.Array) -> jax.Array:
+    """Under a mesh every device holds whole rows of the residual stream, or XLA may split its width as the weights'."""
+    return constrain(x_BTD, "batch", "length", "act_embed")

@@ -1,4 +1,4 @@
-"""The device mesh: four named axes, always present, possibly of size 1."""
+"""The device mesh: four named axes, always present, possibly of size 1; before them slices over DCN."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from hypenet_jax.errors import HypenetError
@@ -14,17 +16,20 @@ from hypenet_jax.errors import HypenetError
 # (context parallelism); tensor: heads, MLP width and vocabulary are split. Outermost first: the outer axes carry the
 # least traffic, so on several hosts they are the ones that cross the slow network.
 AXES = ("data", "fsdp", "seq", "tensor")
+# Slices of a pod, or hosts, joined by the data-center network. Outermost, and part of the mesh only where it is larger
+# than 1. The rules split rows of the batch over it and no parameter: once a step it carries the gradients' sum.
+SLICES = "dcn"
 
 
 def _sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
     """The size of each of AXES; -1 on one axis takes the devices that the others leave."""
     axes = {"fsdp": -1} if axes is None else dict(axes)
     for name, size in axes.items():
-        if name not in AXES:
-            raise HypenetError(f"mesh axis {name!r} is unknown; the axes are {', '.join(AXES)}")
+        if name not in (SLICES, *AXES):
+            raise HypenetError(f"mesh axis {name!r} is unknown; the axes are {', '.join((SLICES, *AXES))}")
         if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
             raise HypenetError(f"mesh axis {name!r} has size {size!r}; it must be a positive integer, or -1 (the rest)")
-    sizes = {name: axes.get(name, 1) for name in AXES}
+    sizes = {name: axes.get(name, 1) for name in (SLICES, *AXES) if name != SLICES or SLICES in axes}
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1:
@@ -38,7 +43,7 @@ def _sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes ("data", "fsdp", "seq", "tensor"), every one of type Auto.
+    """A mesh with the axes ("data", "fsdp", "seq", "tensor"), every one of type Auto; with slices "dcn" before them.
 
     Args:
       axes: sizes by axis name; an absent axis has size 1; one axis may be -1, "what the others leave". None puts every
@@ -46,11 +51,36 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
       devices: the devices of the mesh; None takes all of them.
 
     Raises:
-      HypenetError: an unknown axis, or sizes that do not multiply to the number of devices.
+      HypenetError: an unknown axis, sizes that do not multiply to the number of devices, or a "dcn" that is not the
+        number of slices that the devices form.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(axes, len(devices))
+    slices = sizes.pop(SLICES, 1)
+    if slices > 1:
+        grid = _grid_of_slices(slices, tuple(sizes.values()), devices)
+        return Mesh(grid, (SLICES, *AXES), axis_types=(AxisType.Auto,) * (1 + len(AXES)))
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def row_axes(mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """The axes over which the rows of a batch are split, outermost first."""
+    return tuple(name for name in (SLICES, "data", "fsdp") if name in mesh.shape)
+
+
+def _grid_of_slices(slices: int, shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices [slices, *shape]: each slice laid out along its own fast network."""
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found == 1 and devices[0].platform != "tpu":
+        # CPUs and GPUs do not say what a slice is: blocks of neighbours, which on several hosts are whole hosts.
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return np.asarray(ordered, object).reshape(slices, *shape)
+    if found != slices:
+        raise HypenetError(
+            f"mesh axis {SLICES!r} has size {slices} but the devices form {found} slices; make it {found}"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, *(1 for _ in shape)), devices)
+    return grid.reshape(slices, *shape)
 
 
 def check_compute_dtype(dtype: str) -> None:

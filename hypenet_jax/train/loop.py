@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.mesh import row_axes
 from hypenet_jax.parallel.rules import batch_sharding, replicated
 from hypenet_jax.train.checkpoint import Checkpoints
 from hypenet_jax.train.metrics import ReporterLike
@@ -133,11 +134,12 @@ def train(
 
 def check_rows(stage: StageConfig, mesh: Mesh) -> None:
     """Raise HypenetError unless the stage's microbatches divide over the mesh."""
-    rows, parts = stage.batch_size // stage.gradient_accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
+    rows = stage.batch_size // stage.gradient_accumulation
+    if rows % math.prod(mesh.shape[name] for name in row_axes(mesh)):
+        over = " x ".join(f"{name}={mesh.shape[name]}" for name in row_axes(mesh))
         raise HypenetError(
             f"batch_size {stage.batch_size} in {stage.gradient_accumulation} microbatches gives {rows} rows, which do "
-            f"not divide over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}; change the batch or the mesh"
+            f"not divide over {over}; change the batch or the mesh"
         )
     if stage.seq_len % mesh.shape["seq"]:
         raise HypenetError(f"seq_len is {stage.seq_len}, which does not divide over seq={mesh.shape['seq']}; alter it")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
-from kernels_pallas.cross_entropy.api import linear_cross_entropy, linear_kl
+from hypenet_jax.parallel.sharded_kernels import linear_cross_entropy, linear_kl
 
 
 def distill_loss(

@@ -1,9 +1,12 @@
+import math
+
 import jax
 import pytest
 from jax.sharding import AxisType
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.parallel.mesh import AXES, make_mesh
+from hypenet_jax.parallel.presets import PRESETS, preset
 
 
 def test_default_puts_every_device_on_fsdp():
@@ -36,3 +39,20 @@ def test_wrong_sizes_name_axes_and_sizes(axes, words):
         make_mesh(axes)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_slices_stand_in_front():
+    mesh = make_mesh({"dcn": 2, "fsdp": -1})
+    assert dict(mesh.shape) == {"dcn": 2, "data": 1, "fsdp": 4, "seq": 1, "tensor": 1}
+    assert [device.id for device in mesh.devices[1].flat] == [4, 5, 6, 7]
+
+
+def test_presets_multiply_to_the_chips_of_the_machine():
+    chips = {"h200x2": 2, "h100x8": 8, "cpu8": 8}
+    for machine in PRESETS:
+        kind, _, count = machine.partition("-")
+        wanted = chips[machine] if not count else int(count) // (2 if kind == "v5p" else 1)
+        assert math.prod(preset(machine).values()) == wanted, machine
+    assert preset("v5p-64", slices=2) == {"dcn": 2, "fsdp": 32}
+    with pytest.raises(HypenetError, match="'v9-1'.*v5e-16"):
+        preset("v9-1")

@@ -9,7 +9,7 @@ from hypenet_jax.model.config import ModelConfig
 from hypenet_jax.model.context import Context
 from hypenet_jax.model.layers import apply_rope, merge_heads, project_heads, rms_norm, rope_frequencies
 from hypenet_jax.model.parameters import Parameter, Table, linear_default, ones
-from kernels_pallas import attention as kernel
+from hypenet_jax.parallel import sharded_kernels as kernel
 
 
 def parameters(config: ModelConfig) -> Table:

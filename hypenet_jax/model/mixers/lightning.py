@@ -10,6 +10,7 @@ from hypenet_jax.model.context import Context
 from hypenet_jax.model.layers import apply_rope, merge_heads, project_heads, rms_norm, rope_frequencies
 from hypenet_jax.model.mixers.attention import add_output_gate
 from hypenet_jax.model.parameters import Parameter, Table, linear_default, ones
+from hypenet_jax.parallel import sharded_kernels
 from kernels_pallas import lightning as kernel
 
 
@@ -89,7 +90,7 @@ def _scan(q_BTHK, k_BTHK, v_BTHV, lightning: LightningConfig, segment_ids_BT, st
             q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], decay_slopes, state, scale=scale, valid_B=valid_B
         )
         return o_BHV[:, None], state
-    return kernel.lightning_attention(
+    return sharded_kernels.lightning_attention(
         q_BTHK, k_BTHK, v_BTHV, decay_slopes, scale=scale, initial_state=state, segment_ids=segment_ids_BT
     )
 

@@ -1,0 +1,137 @@
+"""Whatever the mesh, losses, gradients and generated tokens are those of one device, and kernels see their own part."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypenet_jax as hn
+from hypenet_jax.halo.align import alignment_loss, mixers_of
+from hypenet_jax.halo.distill import distillation_loss
+from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.model.config import LightningConfig
+from hypenet_jax.parallel import activations, sharded_kernels
+from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.rules import batch_sharding, changed_rules, param_shardings
+from kernels_pallas import compat, lightning
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 8, "head_dim": 4,
+    "rope_theta": 1e4, "max_position": 64, "eos_ids": (0,), "pad_id": 0, "tie_embeddings": False,
+}  # fmt: skip
+LIGHTNING = LightningConfig(num_heads=8, num_kv_heads=8, head_dim=4)
+TEACHER = hn.LanguageModel(hn.ModelConfig(num_kv_heads=2, mixers=("attention", "attention"), **SIZES))
+NOPE = {"num_kv_heads": 2, "attention_rope": False, "attention_gate": True, "lightning": LIGHTNING, **SIZES}
+STUDENT = hn.LanguageModel(hn.ModelConfig(mixers=("attention", "lightning"), **NOPE)).with_logits_scaling(50.0)
+ALIGNED = hn.LanguageModel(hn.ModelConfig(mixers=("lightning", "lightning"), **NOPE))
+CASES = [
+    ("align", {"fsdp": 2, "tensor": 4}),
+    ("finetune", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("distill", {"data": 2, "fsdp": 4}),
+    ("distill", {"tensor": 8}),
+    ("distill", {"dcn": 2, "fsdp": 2, "tensor": 2}),
+]
+
+
+def names(mesh):
+    return "-".join(f"{name}{size}" for name, size in mesh.items())
+
+
+def draw(model, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: 0.4 * rng.standard_normal(x.shape, np.float32), model.param_shapes())
+
+
+@functools.cache
+def batch():
+    rng = np.random.default_rng(5)
+    segments = np.repeat([[0] * 5 + [1] * 9 + [-1] * 2], 8, axis=0).astype(np.int32)
+    segments[3] = -1
+    tokens, targets = rng.integers(0, 64, (2, 8, 16)).astype(np.int32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segments, "loss_mask": segments >= 0}
+
+
+def stage(name):
+    """(loss, parameters, their axes, frozen) of a stage of HALO."""
+    if name == "align":
+        params, axes = (mixers_of(tree, 2) for tree in (draw(ALIGNED, 1), ALIGNED.param_axes()))
+        return alignment_loss(TEACHER, ALIGNED), params, axes, draw(TEACHER, 0)
+    loss = distillation_loss(TEACHER, STUDENT, 16) if name == "distill" else next_token_loss(STUDENT, 16)
+    return loss, draw(STUDENT, 2), STUDENT.param_axes(), draw(TEACHER, 0)
+
+
+@functools.cache
+def on_one_device(name):
+    loss, params, _, frozen = stage(name)
+    return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params, frozen, batch()))
+
+
+@pytest.mark.parametrize(("name", "axes"), CASES, ids=lambda case: case if isinstance(case, str) else names(case))
+def test_loss_and_gradients_are_those_of_one_device(name, axes):
+    mesh = make_mesh(axes)
+    loss, params, param_axes, frozen = stage(name)
+    teacher_rules = changed_rules(embed=())  # the teacher whole over fsdp, the student divided
+    params = jax.device_put(params, param_shardings(param_axes, params, mesh))
+    frozen = jax.device_put(frozen, param_shardings(TEACHER.param_axes(), frozen, mesh, teacher_rules))
+    placed = jax.device_put(batch(), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        (got, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, frozen, placed)
+    (wanted, wanted_metrics), wanted_gradients = on_one_device(name)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    assert metrics["count"] == wanted_metrics["count"]
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(wanted_gradients), strict=True
+    ):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-12, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}], ids=names)
+def test_generation_gives_the_tokens_of_one_device(axes):
+    prompts, mesh, params = [[3, 9, 4, 4], [7], [1, 2]], make_mesh(axes), draw(STUDENT, 2)
+    wanted = hn.generate(STUDENT, params, prompts, max_new_tokens=6, stop_ids=[])
+    spread = jax.device_put(params, param_shardings(STUDENT.param_axes(), params, mesh))
+    assert hn.generate(STUDENT, spread, prompts, max_new_tokens=6, stop_ids=[]) == wanted  # the mesh is the parameters'
+
+
+def test_each_device_calls_the_kernels_with_its_own_rows_and_heads(monkeypatch):
+    seen = {}
+
+    def watch(module, name, argument):
+        kernel = getattr(module, name)
+
+        def watched(*operands, **options):
+            assert compat.undivided() is None
+            assert activations.divided_mesh() is None
+            seen[name] = options[argument].shape
+            return kernel(*operands, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(sharded_kernels.attention_kernels, "attention", "k_BSKD")
+    watch(sharded_kernels.attention_kernels, "cached_attention", "q_BTHD")
+    watch(sharded_kernels.lightning_kernels, "lightning_attention", "q_BTHK")
+    watch(sharded_kernels.losses, "linear_kl", "weight_student")
+    loss, params, _, frozen = stage("distill")
+    cache = STUDENT.init_cache(8, 16)
+    with jax.set_mesh(make_mesh({"data": 2, "tensor": 4})):
+        jax.eval_shape(loss, params, frozen, batch())
+        jax.eval_shape(STUDENT.step, params, batch()["tokens"], cache)
+    wanted = {"attention": (4, 16, 1, 4), "cached_attention": (4, 16, 2, 4), "lightning_attention": (4, 16, 2, 4)}
+    assert seen == wanted | {"linear_kl": (16, 16)}
+
+
+def test_without_a_mesh_or_with_divided_positions_the_kernel_is_called_as_it_is():
+    q = jnp.ones((2, 4, 8, 4))
+
+    def call(q):
+        return sharded_kernels.lightning_attention(q, q, q, lightning.slopes(8))[0]
+
+    assert "shard_map" not in str(jax.make_jaxpr(call)(q))
+    with jax.set_mesh(make_mesh({"data": 2, "seq": 4})):
+        assert "shard_map" not in str(jax.make_jaxpr(call)(q))
+    with jax.set_mesh(make_mesh({"data": 2, "tensor": 4})):
+        assert "shard_map" in str(jax.make_jaxpr(call)(q))
+        with pytest.raises(hn.HypenetError, match="6 heads.*tensor=4"):
+            sharded_kernels.attention(q[:, :, :6], q[:, :, :2], q[:, :, :2])
