@@ -223,7 +223,7 @@ if [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; then
   exit 0
 fi
 rm -f run.exit; echo %s > run.command; touch run.log
-setsid nohup bash -c "cd code; ../.venv/bin/hypenet $(cat run.command); echo \\$? > ../run.exit" >> run.log 2>&1 < /dev/null &
+setsid nohup bash -c "cd code; HYPENET_CLUSTER=auto JAX_PLATFORMS=tpu,cpu ../.venv/bin/hypenet $(cat run.command); echo \\$? > ../run.exit" >> run.log 2>&1 < /dev/null &
 echo $! > run.pid'
 
 # shellcheck disable=SC2016

@@ -10,6 +10,8 @@ import jax
 from hypenet_jax.errors import HypenetError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "HYPENET_COORDINATOR", "HYPENET_PROCESSES", "HYPENET_PROCESS_ID"
+# "auto" where a launcher knows that there are several processes and only JAX knows which: TPU VMs reached by ssh.
+CLUSTER = "HYPENET_CLUSTER"
 EXPLICIT = (COORDINATOR, PROCESSES, PROCESS_ID)
 
 
@@ -43,6 +45,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
 
 def several(environment: Mapping[str, str]) -> bool:
     """Whether a TPU pod's or Slurm's variables say that this run has more than one process."""
+    if environment.get(CLUSTER) == "auto":
+        return True
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
     in_step = "SLURM_STEP_ID" in environment or "SLURM_PROCID" in environment
