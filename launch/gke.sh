@@ -33,6 +33,8 @@ HELP
 
 NAME='' IMAGE='' ACCELERATOR='' TOPOLOGY='' CHIPS=4 SERVICE_ACCOUNT=default NAMESPACE=default RESTARTS=20 DOWN=0
 DRY_RUN=0 COMMAND=()
+# RESTARTS is read by name, where the template is filled in.
+export RESTARTS
 while (($# > 0)); do
   case $1 in
     --name | --image | --accelerator | --topology | --chips-per-host | --service-account | --namespace | --restarts)

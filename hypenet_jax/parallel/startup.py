@@ -40,7 +40,9 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         where = environment.get(COORDINATOR, "the cluster's coordinator")
-        raise HypenetError(f"cannot join the other processes at {where} ({reason}); start all of them together") from error
+        raise HypenetError(
+            f"cannot join the other processes at {where} ({reason}); start all of them together"
+        ) from error
 
 
 def several(environment: Mapping[str, str]) -> bool:

@@ -31,7 +31,9 @@ class Cluster:
             shutil.copy(HERE / "standin.py", place / "bin" / program)
             (place / "bin" / program).chmod(0o755)
 
-    def run(self, script: str, *arguments: str, path: str | None = None, **scenario: Any) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *arguments: str, path: str | None = None, **scenario: Any
+    ) -> subprocess.CompletedProcess:
         (self.place / "scenario.json").write_text(json.dumps(scenario))
         environment = dict(
             os.environ,

