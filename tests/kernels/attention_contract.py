@@ -106,3 +106,40 @@ def check_cached(function, arrays, positions, *, scale=0.3, logit_scale=None, to
         right = reference.cached_attention(*wide, jnp.asarray(positions), scale=scale, logit_scale=logit_scale)
     assert relative_error(o, right) <= tolerance
     assert not np.asarray(o, np.float32)[positions < 0].any()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merged(attend_block, q, k, v, do, q_start, ids, key_ids):
+    """Attention of 32 queries to two blocks of 48 keys, merged by their log-sum-exps, and its gradients."""
+
+    def function(q, k, v):
+        parts = []
+        for start in (0, 48):
+            at = slice(start, start + 48)
+            options = {"q_start": q_start, "k_start": start, "segment_ids": ids, "key_segment_ids": key_ids[:, at]}
+            parts.append(attend_block(q, k[:, at], v[:, at], scale=0.3, **options))
+        log_sums = jnp.stack([log_sum for _, log_sum in parts])
+        shares = jnp.exp(log_sums - jax.nn.logsumexp(log_sums, axis=0))
+        return sum(share[..., None] * o for share, (o, _) in zip(shares, parts, strict=True))
+
+    o, pull = jax.vjp(function, q, k, v)
+    return (o, *pull(do))
+
+
+def check_that_blocks_merge(attend_block, q_start):
+    """Blocks of a longer sequence, merged by their log-sum-exps, are attention to the whole of it; gradients too."""
+    q, k, v, do = random_inputs(2, 32, 96, 4, 2, 32)
+    key_ids = np.cumsum(np.arange(96) % 37 == 36)[None].repeat(2, 0).astype(np.int32)
+    ids = key_ids[:, q_start : q_start + 32]
+    seen = (np.arange(96) <= q_start + np.arange(32)[:, None]) & (ids[:, :, None] == key_ids[:, None])
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.where(seen[:, None], 0.3 * jnp.einsum("bthd,bshd->bhts", q, k), -jnp.inf)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
+
+    with jax.enable_x64(True):
+        o, pull = jax.vjp(plain, *(np.asarray(x, np.float64) for x in (q, k, v)))
+        right = (o, *pull(jnp.asarray(do, jnp.float64)))
+    for got, wanted in zip(_merged(attend_block, q, k, v, do, q_start, ids, key_ids), right, strict=True):
+        assert relative_error(got, wanted) <= FLOAT32

@@ -13,6 +13,7 @@ from attention_contract import (
     FLOAT32,
     check,
     check_cached,
+    check_that_blocks_merge,
     check_that_large_scores_stay_finite,
     check_that_padding_gives_zeros,
     random_inputs,
@@ -92,45 +93,12 @@ def test_blocks_that_do_not_meet_are_not_read():
     assert np.isnan(o[:, 16:32]).all() and np.isfinite(np.delete(o, range(16, 32), axis=1)).all()
 
 
-@functools.cache
-def _merged():
-    """Attention of 32 queries to two blocks of 48 keys, merged by their log-sum-exps, and its gradients."""
-
-    def run(q, k, v, do, q_start, ids, key_ids):
-        def function(q, k, v):
-            parts = []
-            for start in (0, 48):
-                at = slice(start, start + 48)
-                options = {"q_start": q_start, "k_start": start, "segment_ids": ids, "key_segment_ids": key_ids[:, at]}
-                options |= {"scale": 0.3, "blocks": Blocks(16, 16, 16), "interpret": True}
-                parts.append(tpu.attend_block(q, k[:, at], v[:, at], **options))
-            log_sums = jnp.stack([log_sum for _, log_sum in parts])
-            shares = jnp.exp(log_sums - jax.nn.logsumexp(log_sums, axis=0))
-            return sum(share[..., None] * o for share, (o, _) in zip(shares, parts, strict=True))
-
-        o, pull = jax.vjp(function, q, k, v)
-        return (o, *pull(do))
-
-    return jax.jit(run)
+ATTEND_BLOCK = functools.partial(tpu.attend_block, blocks=Blocks(16, 16, 16), interpret=True)
 
 
 @pytest.mark.parametrize("q_start", [0, 40, 64])
 def test_blocks_of_keys_merge_to_the_whole(q_start):
-    q, k, v, do = random_inputs(2, 32, 96, 4, 2, 32)
-    key_ids = np.cumsum(np.arange(96) % 37 == 36)[None].repeat(2, 0).astype(np.int32)
-    ids = key_ids[:, q_start : q_start + 32]
-    seen = (np.arange(96) <= q_start + np.arange(32)[:, None]) & (ids[:, :, None] == key_ids[:, None])
-
-    def plain(q, k, v):
-        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-        scores = jnp.where(seen[:, None], 0.3 * jnp.einsum("bthd,bshd->bhts", q, k), -jnp.inf)
-        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
-
-    with jax.enable_x64(True):
-        o, pull = jax.vjp(plain, *(np.asarray(x, np.float64) for x in (q, k, v)))
-        right = (o, *pull(jnp.asarray(do, jnp.float64)))
-    for got, wanted in zip(_merged()(q, k, v, do, q_start, ids, key_ids), right, strict=True):
-        assert relative_error(got, wanted) <= FLOAT32
+    check_that_blocks_merge(ATTEND_BLOCK, q_start)
 
 
 @jax.jit
