@@ -22,6 +22,12 @@ from kernels_pallas.lightning.recurrence import Options, Passes, backend_functio
 
 WIDTHS = (16, 32, 64, 128, 256)
 MIN_CHUNKS = 4  # a segment: fewer would spend more on states than on tokens
+# Pieces a segment, of at least so many chunks. Heads that forget fast leave most of a segment out: cut finely, the
+# rest is shared among more multiprocessors.
+MAX_PIECES, PIECE_CHUNKS = 4, 16
+MAX_STEPS = 32  # pieces a row, where the segments are not more: `joined_states` is unrolled
+# Bits of decay after which a token is nothing to a float32 state: below the smallest number, undecayed it was about 1.
+FLOAT32_BITS = 150.0
 
 
 class Plan(NamedTuple):
@@ -115,9 +121,10 @@ def _layout(options: Options, tiles: Plan, q, v) -> Layout:
     programs = batch * heads * (v.shape[-1] // tiles.scan.columns)
     # One program on each multiprocessor fills the chip: two measured the same.
     segments = max(1, min(multiprocessors() // programs, chunks // MIN_CHUNKS))
-    per_segment = -(-chunks // segments)
+    pieces = max(1, min(MAX_PIECES, chunks // (segments * PIECE_CHUNKS), MAX_STEPS // segments))
+    per_segment = -(-chunks // (segments * pieces)) * pieces
     exact = options.high or q.dtype == jnp.float32
-    return Layout(False, length, -(-chunks // per_segment), per_segment, exact, options.interpret)
+    return Layout(False, length, -(-chunks // per_segment), per_segment, pieces, exact, options.interpret)
 
 
 def _rates(decay: Decay, chunk: int, length: int, segment_ids, heads: int) -> tuple[jax.Array, Marks | tuple[()]]:
@@ -134,23 +141,47 @@ def _starts(
     if layout.segments == 1:
         return first_state[:, None]
     batch, _, heads, _ = k.shape
-    chunks = -(-layout.length // tiles.chunk)
-    edges = jnp.minimum(jnp.arange(layout.segments + 1) * layout.per_segment, chunks)
-    reach = jnp.full(heads, chunks, jnp.int32)
+    skip, live, keep = (
+        jnp.broadcast_to(x.swapaxes(1, 2), (batch, layout.steps, heads))
+        for x in _pieces(layout, tiles.chunk, rates, marked, FLOAT32_BITS if short_memory is None else short_memory)
+    )
+    local = kernels.local_states(layout, tiles, rates, skip, marked, k, v)
+    return kernels.joined_states(layout, local, live, keep, first_state)
+
+
+def _pieces(layout: Layout, chunk: int, rates, marked, bits: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each piece [b,H,P] in the order of the scan: chunks to leave out, whether any are left, and its decay.
+
+    A chunk is left out whose tokens have decayed by more than `bits` at the end of the segment, or are of another
+    document than its state. An axis b of size 1 is shared by all rows.
+    """
+    chunks, shape = -(-layout.length // chunk), (layout.segments, layout.per_segment)
+
+    def fold(x, mode="edge"):
+        """[..,N] -> [..,segments,per_segment]"""
+        fill = [(0, 0)] * (x.ndim - 1) + [(0, math.prod(shape) - chunks)]
+        return jnp.pad(x, fill, mode=mode).reshape(*x.shape[:-1], *shape)
+
     if marked:
-        totals_bhN = jnp.pad(jnp.cumsum(marked.lag_bhNC[..., -1], axis=-1), ((0, 0), (0, 0), (1, 0)))
-        lives_bN = marked.state_bN1[:, edges[1:]] == marked.state_bN1[:, edges[:-1]]
-        keep = jnp.where(lives_bN[:, None], jnp.exp(-jnp.diff(totals_bhN[..., edges], axis=-1)), 0.0).swapaxes(1, 2)
+        lag = fold(marked.lag_bhNC[..., -1], "constant")
+        before, after = fold(marked.state_bN1[:, None, :-1]), fold(marked.state_bN1[:, None, 1:])
     else:
-        keep = jnp.exp(-rates * (tiles.chunk * jnp.diff(edges))[:, None])[None]
-        if short_memory is not None:
-            tokens = short_memory * math.log(2.0) / jnp.maximum(rates, 1e-30)
-            reach = jnp.minimum(jnp.ceil(tokens / tiles.chunk), chunks).astype(jnp.int32)
-    # In the order of the scan; what outlives its last segment is the scan's own business.
-    keep = keep[:, :0:-1] if layout.reverse else keep[:, :-1]
-    keep = jnp.broadcast_to(keep, (batch, layout.segments - 1, heads))
-    local = kernels.local_states(layout, tiles, rates, reach, marked, k, v)
-    return kernels.joined_states(layout.interpret, local, keep, first_state)
+        lag = fold(jnp.broadcast_to(rates[None, :, None] * chunk, (1, rates.size, chunks)), "constant")
+        before = after = jnp.zeros((1, 1, *shape), jnp.int32)
+    gap = jnp.cumsum(lag if layout.reverse else lag[..., ::-1], axis=-1)
+    gap = gap - lag if layout.reverse else gap[..., ::-1] - lag
+    another = before != before[..., :1] if layout.reverse else after != after[..., -1:]
+    real = jnp.arange(math.prod(shape)).reshape(shape) < chunks
+    forgotten = real & ((gap > bits * math.log(2.0)) | another)
+
+    pieces = (layout.segments * layout.pieces, -1)
+    lag, before, after, forgotten = (x.reshape(*x.shape[:2], *pieces) for x in (lag, before, after, forgotten))
+    skip = jnp.sum(forgotten, axis=-1, dtype=jnp.int32)
+    live = skip < jnp.sum(real.reshape(pieces), axis=-1)
+    keep = jnp.where(before[..., 0] == after[..., -1], jnp.exp(-jnp.sum(lag, axis=-1)), 0.0)
+    order = slice(None, None, -1 if layout.reverse else 1)
+    skip, live, keep = (x[..., order][..., : layout.steps] for x in (skip, live, keep))
+    return skip, live, keep
 
 
 def refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:

@@ -1,8 +1,9 @@
 """The kernels of the recurrence on a GPU (Pallas, Triton lowering). The formulas are in marks.py.
 
-A row is cut into segments so that a few long rows fill the chip. `local_states` runs the state alone through every
-segment, from zero; `joined_states` strings these together, which gives the state before each segment; `scan` then runs
-every segment from there and makes the outputs. The gradients are the same scan with other operands:
+A row is cut into segments so that a few long rows fill the chip, and a segment into pieces. `local_states` runs the
+state alone through every piece, from zero and over the chunks that the segment's end still knows of; `joined_states`
+strings these together, which gives the state before each segment; `scan` then runs every segment from there and makes
+the outputs. The gradients are the same scan with other operands:
 
     o  = scan(q, k, v)            dq = scan(do, v, k)                   from the first token to the last
     dv = reverse(k, q, do)        dk = reverse(v, do, q)                from the last token to the first
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
@@ -44,11 +46,17 @@ class Layout(NamedTuple):
     length: int  # tokens a row
     segments: int  # a row
     per_segment: int  # chunks a segment; the last may have fewer
+    pieces: int  # a segment, and they divide its chunks
     exact: bool  # products in float32
     interpret: bool
     in_scale: float = 1.0  # factor of what the state takes in
     out_scale: float = 1.0  # factor of what is read from the state, and of the chunk's own scores
     scores_scale: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Pieces of a row before its last segment in the order of the scan, whose state nobody starts from."""
+        return (self.segments - 1) * self.pieces
 
 
 def scan(layout: Layout, tiles: Tiles, rates_H, marks: Marks | tuple[()], q, k, v, starts, out_dtype) -> Any:
@@ -72,7 +80,8 @@ def scan(layout: Layout, tiles: Tiles, rates_H, marks: Marks | tuple[()], q, k, 
 
 
 def _scan(rates_ref, marks_ref, q_ref, k_ref, v_ref, starts_ref, o_ref, end_ref, *, layout: Layout, tiles: Tiles):
-    place = _place(layout, tiles, v_ref)
+    segment = pl.program_id(1)
+    place = _place(layout, tiles, v_ref, segment, layout.per_segment)
     constant = None if marks_ref else _constant_tables(layout, tiles.chunk, rates_ref[place.head])
     dtype, dot = _arithmetic(layout, q_ref)
 
@@ -86,34 +95,36 @@ def _scan(rates_ref, marks_ref, q_ref, k_ref, v_ref, starts_ref, o_ref, end_ref,
         _store(layout, tiles, place, c, bool(marks_ref), o_ref, o_VC.T)
         return keep * state_VK + dot((v * into).astype(dtype), k, 0, 0)
 
-    state = starts_ref[place.row, place.segment, place.head, :, place.columns]
+    state = starts_ref[place.row, segment, place.head, :, place.columns]
     state = jax.lax.fori_loop(0, place.chunks, chunk, state.T).T
 
-    @pl.when(place.segment == (0 if layout.reverse else layout.segments - 1))
+    @pl.when(segment == (0 if layout.reverse else layout.segments - 1))
     def _():
         end_ref[place.row, place.head, :, place.columns] = state
 
 
-def local_states(layout: Layout, tiles: Tiles, rates_H, reach_H, marks: Marks | tuple[()], k, v) -> jax.Array:
-    """What each segment adds to the state after it, float32 [B,N-1,H,K,V], in the order of the scan.
+def local_states(layout: Layout, tiles: Tiles, rates_H, skip_BPH, marks: Marks | tuple[()], k, v) -> jax.Array:
+    """What each piece adds to the state after it, float32 [B,P,H,K,V], in the order of the scan.
 
-    `reach_H` int32: a head's state takes in no more than this many chunks at the segment's end (the short memory).
+    `skip_BPH` int32: the chunks that the piece leaves out, from its first. One that leaves out all writes nothing.
     """
     batch, _, heads, key_width = k.shape
     width = v.shape[-1]
     return triton_call(
         partial(_local_states, layout=layout, tiles=tiles),
-        grid=(batch, layout.segments - 1, heads * (width // tiles.columns)),
-        out_shape=jax.ShapeDtypeStruct((batch, layout.segments - 1, heads, key_width, width), jnp.float32),
+        grid=(batch, layout.steps, heads * (width // tiles.columns)),
+        out_shape=jax.ShapeDtypeStruct((batch, layout.steps, heads, key_width, width), jnp.float32),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         interpret=layout.interpret,
         name="lightning_states" + "_reversed" * layout.reverse,
-    )(rates_H, reach_H, marks, k, v)
+    )(rates_H, skip_BPH, marks, k, v)
 
 
-def _local_states(rates_ref, reach_ref, marks_ref, k_ref, v_ref, out_ref, *, layout: Layout, tiles: Tiles):
-    place = _place(layout, tiles, v_ref, first=1 if layout.reverse else 0)
+def _local_states(rates_ref, skip_ref, marks_ref, k_ref, v_ref, out_ref, *, layout: Layout, tiles: Tiles):
+    step = pl.program_id(1)
+    piece = layout.segments * layout.pieces - 1 - step if layout.reverse else step
+    place = _place(layout, tiles, v_ref, piece, layout.per_segment // layout.pieces)
     constant = None if marks_ref else _constant_tables(layout, tiles.chunk, rates_ref[place.head], intra=False)
     dtype, dot = _arithmetic(layout, k_ref)
 
@@ -124,46 +135,52 @@ def _local_states(rates_ref, reach_ref, marks_ref, k_ref, v_ref, out_ref, *, lay
         k, v = load(k_ref).astype(dtype), load(v_ref, place.columns).astype(dtype)
         return keep * state + dot((k * into).astype(dtype), v, 0, 0)
 
-    state = jnp.zeros((k_ref.shape[-1], tiles.columns), jnp.float32)
-    first = jnp.maximum(place.chunks - reach_ref[place.head], 0)
-    state = jax.lax.fori_loop(first, place.chunks, chunk, state)
-    step = layout.segments - 1 - place.segment if layout.reverse else place.segment
-    out_ref[place.row, step, place.head, :, place.columns] = state
+    skip = skip_ref[place.row, step, place.head]
+
+    @pl.when(skip < place.chunks)
+    def _():
+        state = jnp.zeros((k_ref.shape[-1], tiles.columns), jnp.float32)
+        state = jax.lax.fori_loop(skip, place.chunks, chunk, state)
+        out_ref[place.row, step, place.head, :, place.columns] = state
 
 
-def joined_states(interpret: bool, local, keep_BNH, start) -> jax.Array:
-    """The state before each step of the scan, float32 [B,N,H,K,V]: `s_0 = start`, `s_n+1 = keep_n s_n + local_n`."""
-    batch, steps, heads, *state = local.shape
+def joined_states(layout: Layout, local, live_BPH, keep_BPH, start) -> jax.Array:
+    """The state before each segment in the order of the scan, float32 [B,N,H,K,V].
+
+    Over the pieces, `s_0 = start`, `s_p+1 = keep_p s_p + local_p`; of a piece that is not live, local_p is 0 unread.
+    """
+    batch, _, heads, *state = local.shape
     size = state[0] * state[1]
     block = min(size, 1024)
     joined = triton_call(
-        partial(_joined_states, block=block, steps=steps),
+        partial(_joined_states, block=block, layout=layout),
         grid=(batch, heads, size // block),
-        out_shape=jax.ShapeDtypeStruct((batch, steps + 1, heads, size), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, layout.segments, heads, size), jnp.float32),
         num_warps=4,
         num_stages=2,
-        interpret=interpret,
+        interpret=layout.interpret,
         name="lightning_join",
-    )(local.reshape(batch, steps, heads, size), keep_BNH, start.reshape(batch, heads, size))
-    return joined.reshape(batch, steps + 1, heads, *state)
+    )(local.reshape(*local.shape[:3], size), live_BPH, keep_BPH, start.reshape(batch, heads, size))
+    return joined.reshape(batch, layout.segments, heads, *state)
 
 
-def _joined_states(local_ref, keep_ref, start_ref, out_ref, *, block, steps):
+def _joined_states(local_ref, live_ref, keep_ref, start_ref, out_ref, *, block, layout: Layout):
     b, h, i = (pl.program_id(axis) for axis in range(3))
     at = pl.ds(i * block, block)
     state = start_ref[b, h, at]
     # Unrolled, so that no load waits for the state.
-    for n in range(steps):
-        out_ref[b, n, h, at] = state
-        state = keep_ref[b, n, h] * state + local_ref[b, n, h, at]
-    out_ref[b, steps, h, at] = state
+    for p in range(layout.steps):
+        if p % layout.pieces == 0:
+            out_ref[b, p // layout.pieces, h, at] = state
+        live = jnp.full((block,), live_ref[b, p, h])
+        state = keep_ref[b, p, h] * state + pltriton.load(local_ref.at[b, np.int32(p), h, at], mask=live, other=0.0)
+    out_ref[b, layout.segments - 1, h, at] = state
 
 
 class Place(NamedTuple):
-    """Where a program stands."""
+    """Where a program stands: a run of chunks of one row, and one head's columns."""
 
     row: Any
-    segment: Any
     head: Any
     columns: Any  # the slice of v's columns
     chunks: Any  # how many it passes
@@ -174,16 +191,16 @@ class Place(NamedTuple):
         return self.first + (self.chunks - 1 - i if self.reverse else i)
 
 
-def _place(layout: Layout, tiles: Tiles, v_ref, first: int = 0) -> Place:
+def _place(layout: Layout, tiles: Tiles, v_ref, run, per_run: int) -> Place:
+    """The place of the row's `run`-th run of `per_run` chunks, of which the last may have fewer or none."""
     blocks = v_ref.shape[-1] // tiles.columns
-    row, segment, last = (pl.program_id(axis) for axis in range(3))
-    segment = segment + first
+    last = pl.program_id(2)
     total = -(-layout.length // tiles.chunk)
-    chunks: Any = layout.per_segment
+    chunks: Any = per_run
     if total != layout.segments * layout.per_segment:
-        chunks = jnp.minimum(chunks, total - segment * layout.per_segment)
+        chunks = jnp.clip(total - run * per_run, 0, per_run)
     columns = pl.ds((last % blocks) * tiles.columns, tiles.columns)
-    return Place(row, segment, last // blocks, columns, chunks, segment * layout.per_segment, layout.reverse)
+    return Place(pl.program_id(0), last // blocks, columns, chunks, run * per_run, layout.reverse)
 
 
 class Tables(NamedTuple):

@@ -50,15 +50,15 @@ def scan(layout: Layout, tiles: Tiles, rates_H, marks: Marks | tuple[()], q, k, 
     )
 
 
-def local_states(layout: Layout, tiles: Tiles, rates_H, reach_H, marks: Marks | tuple[()], k, v) -> jax.Array:
+def local_states(layout: Layout, tiles: Tiles, rates_H, skip_BPH, marks: Marks | tuple[()], k, v) -> jax.Array:
     """`gpu_kernels.local_states`."""
     batch, _, heads, keys = k.shape
     values = v.shape[-1]
     (local,) = call(
         "local_states",
-        (batch, layout.segments - 1, heads * (values // tiles.columns)),
-        [((batch, layout.segments - 1, heads, keys, values), jnp.float32)],
-        (rates_H, reach_H, *_operands(marks, rates_H), k, v),
+        (batch, layout.steps, heads * (values // tiles.columns)),
+        [((batch, layout.steps, heads, keys, values), jnp.float32)],
+        (rates_H, skip_BPH, *_operands(marks, rates_H), k, v),
         "lightning_states" + "_reversed" * layout.reverse,
         tiles.warps,
         tiles.stages,
@@ -69,21 +69,20 @@ def local_states(layout: Layout, tiles: Tiles, rates_H, reach_H, marks: Marks | 
     return local
 
 
-def joined_states(interpret: bool, local, keep_BNH, start) -> jax.Array:
+def joined_states(layout: Layout, local, live_BPH, keep_BPH, start) -> jax.Array:
     """`gpu_kernels.joined_states`."""
-    del interpret
-    batch, steps, heads, keys, values = local.shape
+    batch, _, heads, keys, values = local.shape
     size = keys * values
     block = min(size, 1024)
     (joined,) = call(
         "joined_states",
         (batch, heads, size // block),
-        [((batch, steps + 1, heads, keys, values), jnp.float32)],
-        (local, keep_BNH, start),
+        [((batch, layout.segments, heads, keys, values), jnp.float32)],
+        (local, live_BPH.astype(jnp.int32), keep_BPH, start),
         "lightning_join",
         4,
         2,
-        steps=steps,
+        layout=layout,
         size=size,
         block=block,
     )

@@ -25,7 +25,7 @@ def scan(
     shape: tl.constexpr,
 ):
     row, segment, head, column = _place(tiles, shape)
-    first, chunks = _chunks(layout, tiles, segment)
+    first, chunks = _chunks(layout, tiles, segment, layout.per_segment)
     if not shape.marked:
         seen, out, into, keep = _constant_tables(layout, tiles, tl.load(rates + head))
 
@@ -57,7 +57,7 @@ def scan(
 @triton.jit
 def local_states(
     rates,
-    reach,
+    skips,
     lags,
     documents,
     states,
@@ -69,16 +69,17 @@ def local_states(
     shape: tl.constexpr,
 ):
     row, step, head, column = _place(tiles, shape)
-    # In the order of the scan, so that the last segment to be scanned is left out.
-    segment = layout.segments - 1 - step if layout.reverse else step
-    first, chunks = _chunks(layout, tiles, segment)
+    steps: tl.constexpr = (layout.segments - 1) * layout.pieces
+    piece = layout.segments * layout.pieces - 1 - step if layout.reverse else step
+    first, chunks = _chunks(layout, tiles, piece, layout.per_segment // layout.pieces)
     if not shape.marked:
         _, _, into, keep = _constant_tables(layout, tiles, tl.load(rates + head))
 
     width: tl.constexpr = shape.keys
     block: tl.constexpr = tiles.columns
     state_KV = tl.zeros((width, block), tl.float32)
-    for i in range(tl.maximum(chunks - tl.load(reach + head), 0), chunks):
+    skip = tl.load(skips + (row * steps + step) * shape.heads + head)
+    for i in range(skip, chunks):
         c = first + (chunks - 1 - i if layout.reverse else i)
         if shape.marked:
             _, _, into, keep = _marked_tables(layout, tiles, shape, lags, documents, states, row, head, c)
@@ -86,22 +87,26 @@ def local_states(
         v_CV = _load(layout, tiles, shape, v, row, head, c, shape.values, tiles.columns, column)
         written = (k_CK * into[:, None]).to(k_CK.dtype)
         state_KV = _dot_add(tl.trans(written), v_CV, keep * state_KV)
-    at = ((row * (layout.segments - 1) + step) * shape.heads + head) * shape.keys * shape.values + column
-    key_rows, columns = tl.arange(0, shape.keys) * shape.values, tl.arange(0, tiles.columns)
-    tl.store(local + at + key_rows[:, None] + columns[None, :], state_KV)
+    if skip < chunks:
+        at = ((row * steps + step) * shape.heads + head) * shape.keys * shape.values + column
+        key_rows, columns = tl.arange(0, shape.keys) * shape.values, tl.arange(0, tiles.columns)
+        tl.store(local + at + key_rows[:, None] + columns[None, :], state_KV)
 
 
 @triton.jit
-def joined_states(local, keep, start, joined, steps: tl.constexpr, size: tl.constexpr, block: tl.constexpr):
+def joined_states(local, lives, keeps, start, joined, layout: tl.constexpr, size: tl.constexpr, block: tl.constexpr):
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    steps: tl.constexpr = (layout.segments - 1) * layout.pieces
     at = tl.program_id(2) * block + tl.arange(0, block)
     state = tl.load(start + (row * heads + head) * size + at)
     # Unrolled, so that no load waits for the state.
-    for n in tl.static_range(steps):
-        tl.store(joined + ((row * (steps + 1) + n) * heads + head) * size + at, state)
-        before = (row * steps + n) * heads + head
-        state = tl.load(keep + before) * state + tl.load(local + before * size + at)
-    tl.store(joined + ((row * (steps + 1) + steps) * heads + head) * size + at, state)
+    for p in tl.static_range(steps):
+        if p % layout.pieces == 0:
+            tl.store(joined + ((row * layout.segments + p // layout.pieces) * heads + head) * size + at, state)
+        here = (row * steps + p) * heads + head
+        live = tl.load(lives + here) + tl.zeros((block,), tl.int32) != 0
+        state = tl.load(keeps + here) * state + tl.load(local + here * size + at, mask=live, other=0.0)
+    tl.store(joined + ((row * layout.segments + layout.segments - 1) * heads + head) * size + at, state)
 
 
 @triton.jit
@@ -113,11 +118,11 @@ def _place(tiles: tl.constexpr, shape: tl.constexpr):
 
 
 @triton.jit
-def _chunks(layout: tl.constexpr, tiles: tl.constexpr, segment):
-    """A segment's first chunk in the order of the row, and how many it has."""
+def _chunks(layout: tl.constexpr, tiles: tl.constexpr, run, per_run: tl.constexpr):
+    """The first chunk of the row's `run`-th run of chunks, and how many it has."""
     total: tl.constexpr = (layout.length + tiles.chunk - 1) // tiles.chunk
-    first = segment * layout.per_segment
-    return first, tl.minimum(layout.per_segment, total - first)
+    first = run * per_run
+    return first, tl.minimum(per_run, total - first)
 
 
 @triton.jit

@@ -53,7 +53,8 @@ def _main() -> None:
 
     _mend_interpreter()
     jax_triton.call = _call
-    gpu.multiprocessors, gpu.MIN_CHUNKS = lambda: 6, 1  # rows of few chunks are cut into segments all the same
+    # Rows of few chunks are cut into segments and pieces all the same.
+    gpu.multiprocessors, gpu.MIN_CHUNKS, gpu.PIECE_CHUNKS = lambda: 6, 1, 1
     tiles = gpu.Plan(Tiles(16, 16, 4, 2), Tiles(16, 16, 4, 2))
     passes = Passes(
         functools.partial(jax_triton.forward, tiles=tiles), functools.partial(jax_triton.backward, tiles=tiles)
