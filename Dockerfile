@@ -1,10 +1,17 @@
-# hypenet on TPU hosts: docker build -t hypenet . ; a GPU host has its own launcher, launch/gpu_local.sh.
+# hypenet on TPU hosts: docker build -t hypenet . ; on GPU hosts: docker build --build-arg DEVICE=gpu -t hypenet-gpu .
 FROM python:3.11-slim AS build
+ARG DEVICE=tpu
 WORKDIR /opt/hypenet
 RUN python -m venv /opt/venv
 COPY requirements.lock requirements-aot.lock ./
-RUN grep "^libtpu==" requirements-aot.lock > libtpu.lock \
-    && /opt/venv/bin/pip install --no-cache-dir --no-deps -r requirements.lock -r libtpu.lock
+# The device's own packages: libtpu from the lock file, or what JAX of the locked version asks for on CUDA 13.
+RUN case "$DEVICE" in \
+      tpu) grep "^libtpu==" requirements-aot.lock > device.lock ;; \
+      gpu) grep "^jax==" requirements.lock | sed "s/^jax==/jax[cuda13]==/" > device.lock ;; \
+      *) echo "DEVICE is '$DEVICE'; use tpu or gpu" >&2; exit 2 ;; \
+    esac \
+    && /opt/venv/bin/pip install --no-cache-dir --no-deps -r requirements.lock \
+    && /opt/venv/bin/pip install --no-cache-dir -c requirements.lock -r device.lock
 COPY setup.py pyproject.toml README.md ./
 COPY hypenet_jax hypenet_jax
 COPY kernels_pallas kernels_pallas

@@ -60,6 +60,7 @@ while (($# > 0)); do
 done
 check_name "$NAME"
 KUBECTL=(kubectl "--namespace=$NAMESPACE")
+STATUS='--output=jsonpath={.status.restarts}/{.status.terminalState}'
 need_program kubectl "install it and connect it to the cluster"
 if ((DOWN)); then
   run "${KUBECTL[@]}" delete jobset "$NAME" --ignore-not-found
@@ -90,25 +91,39 @@ render() {
 if [[ $DRY_RUN == 1 ]]; then
   render
   run "${KUBECTL[@]}" apply --filename=-
-  run "${KUBECTL[@]}" get jobset "$NAME" '--output=jsonpath={.status.terminalState}'
+  run "${KUBECTL[@]}" get jobset "$NAME" "$STATUS"
   run "${KUBECTL[@]}" logs --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=-1
   exit 0
 fi
 render | "${KUBECTL[@]}" apply --filename=- || fail "kubectl could not apply '$NAME'; its words are above, remove what there is with --down"
 say "'$NAME' is applied on $HOSTS host(s); this follows it and may be interrupted, --down ends the run"
-errors=0
+LOGS=launch-logs/$NAME
+mkdir -p "$LOGS"
+
+# What the pods have said so far. Pods that are started again begin anew, so every restart has a file of its own.
+gather() { # RESTARTS
+  if "${KUBECTL[@]}" logs --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=-1 --max-log-requests=1000 \
+    >"$LOGS/pods.tmp" 2>"$LOGS/kubectl.err" && [[ -s $LOGS/pods.tmp ]]; then
+    mv "$LOGS/pods.tmp" "$LOGS/pods-${1:-0}.log"
+  fi
+}
+
+errors=0 restarts=0
 while true; do
-  if state=$("${KUBECTL[@]}" get jobset "$NAME" '--output=jsonpath={.status.terminalState}'); then
-    errors=0
+  if status=$("${KUBECTL[@]}" get jobset "$NAME" "$STATUS"); then
+    errors=0 state=${status#*/}
+    if [[ ${status%%/*} =~ ^[0-9]+$ && ${status%%/*} != "$restarts" ]]; then
+      restarts=${status%%/*} && say "'$NAME' was started again ($restarts of $RESTARTS)"
+    fi
   else
     state='' errors=$((errors + 1))
     ((errors < 5)) || fail "kubectl no longer finds '$NAME'; see 'kubectl get jobset'"
   fi
+  gather "$restarts"
   [[ -z $state ]] || break
   sleep "${HYPENET_POLL_SECONDS:-20}"
 done
-mkdir -p "launch-logs/$NAME"
-"${KUBECTL[@]}" logs --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=-1 --max-log-requests=1000 \
-  >"launch-logs/$NAME/pods.log" || say "the logs of '$NAME' could not be read"
-[[ $state == Completed ]] || fail "'$NAME' ended as $state; see launch-logs/$NAME/pods.log, remove it with --down"
+[[ -s $LOGS/pods-$restarts.log ]] || say "the logs of '$NAME' could not be read ($(tail -n 1 "$LOGS/kubectl.err"))"
+rm -f "$LOGS/pods.tmp" "$LOGS/kubectl.err"
+[[ $state == Completed ]] || fail "'$NAME' ended as $state; see $LOGS/pods-$restarts.log, remove it with --down"
 say "done; logs are in launch-logs/$NAME, remove the JobSet with --down"

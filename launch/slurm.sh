@@ -18,11 +18,12 @@ before its time is over it is asked to save (SIGTERM). The environment has to be
   --partition NAME   --account NAME   as Slurm knows them
   --env DIR          the virtual environment (default .venv of this checkout)
   --logs DIR         where the output goes (default launch-logs/NAME)
-  --wait             follow the queue until the job has left it
+  --wait             follow the queue until the job has left it, and end with its exit code
   --down             cancel the jobs of this name
   --dry-run          print the batch script and the command, submit nothing
 
-exit codes: 0 submitted, 1 refused by Slurm, 2 a mistake in the input
+exit codes: 0 submitted, 1 refused by Slurm, 2 a mistake in the input; with --wait the job's own, and 1 where Slurm
+ended it before it could tell (a time limit, scancel, a lost host)
 
 example:
   launch/slurm.sh --name halo-2b --nodes 2 -- distill --config configs/my_config.py --workdir /shared/halo-2b
@@ -88,8 +89,10 @@ trap 'scancel --signal=TERM "\$SLURM_JOB_ID.0"' TERM
 srun --kill-on-bad-exit=0 --output=$(printf %q "$LOGS")/%j-%t.log $(printf %q "$ENVIRONMENT/bin/hypenet") $(quoted "${COMMAND[@]}") &
 step=\$!
 code=0
+rm -f $(printf %q "$LOGS")/"\$SLURM_JOB_ID".code
 wait "\$step" || code=\$?
 while kill -0 "\$step" 2>/dev/null; do code=0; wait "\$step" || code=\$?; done
+echo "\$code" >$(printf %q "$LOGS")/"\$SLURM_JOB_ID".code
 if [ "\$code" = $EXIT_PREEMPTED ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit "\$code"
 BATCH
@@ -106,4 +109,7 @@ job=$(sbatch --parsable "$LOGS/$NAME.sbatch") || fail "Slurm refused the job; it
 say "job $job; its output comes to $LOGS, cancel it with --down"
 ((WAIT)) || exit 0
 while [[ -n $(squeue --noheader --jobs "$job" --format=%T 2>/dev/null) ]]; do sleep "${HYPENET_POLL_SECONDS:-20}"; done
-say "job $job has left the queue"
+# A multi-cluster Slurm adds ";cluster" to the number.
+code=$(cat "$LOGS/${job%%;*}.code" 2>/dev/null) || fail "Slurm ended job $job before it could tell how it went; see $LOGS and 'sacct --jobs $job'"
+say "job $job ended with exit code $code; its output is in $LOGS"
+exit "$code"

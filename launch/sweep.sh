@@ -64,6 +64,8 @@ for index in "${!LIST[@]}"; do
   for value in "${values[@]}"; do sets+=(--set "$value"); done
   words=("${COMMAND[@]//@MESH@/$job}")
   line=("$ROOT/launch/${LAUNCHER[0]}" "${LAUNCHER[@]:1}" --name "$job")
+  # Slurm's launcher would otherwise be done as soon as the job is in the queue.
+  [[ ${LAUNCHER[0]} != slurm.sh ]] || line+=(--wait)
   [[ $DRY_RUN == 0 ]] || line+=(--dry-run)
   line+=(-- "${words[@]}" "${sets[@]}")
   if [[ $DRY_RUN == 1 ]]; then

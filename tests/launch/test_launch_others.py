@@ -1,6 +1,9 @@
 """gpu_local.sh for real with a small program; slurm.sh, gke.sh and sweep.sh against stand-ins."""
 
+import os
+import signal
 import subprocess
+import time
 
 COMMAND = ("--", "distill", "--config", "my config.py", "--workdir", "w")
 GKE = ("--name", "job", "--image", "i:1", "--accelerator", "tpu-v5-lite-podslice", "--topology", "4x4")
@@ -31,6 +34,36 @@ def test_a_host_gives_up_with_75(cluster):
     assert stopped.returncode == 75 and len((cluster.place / "seen").read_text().splitlines()) == 2
 
 
+def test_a_host_passes_a_signal_on_and_does_not_start_again(cluster):
+    path = cluster.place / "hypenet"
+    path.write_text(
+        '#!/bin/bash\ncd "$(dirname "$0")"\necho start >> seen\n'
+        'trap "sleep 0.2; echo saved >> seen; exit 75" TERM\nwhile true; do sleep 0.05; done\n'
+    )
+    path.chmod(0o755)
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        (cluster.place / "seen").unlink(missing_ok=True)
+        launcher = subprocess.Popen(
+            [cluster.checkout / "launch/gpu_local.sh", "--hypenet", path, *COMMAND], preexec_fn=os.setpgrp
+        )
+        while not (cluster.place / "seen").exists():
+            time.sleep(0.02)
+        time.sleep(0.2)
+        launcher.send_signal(sent)
+        assert launcher.wait(timeout=20) == 75
+        assert (cluster.place / "seen").read_text().split() == ["start", "saved"]
+
+
+def test_slurm_waits_for_the_jobs_own_code(cluster, tmp_path):
+    words = ("slurm.sh", "--name", "job", "--nodes", "2", "--wait", "--logs", str(tmp_path / "logs"), *COMMAND)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/7.code").write_text("3\n")
+    done = cluster.run(*words, sbatch=[{"out": "7"}], squeue=[{"out": "RUNNING"}, {}])
+    assert done.returncode == 3 and "exit code 3" in done.stderr, done.stderr
+    lost = cluster.run(*words, sbatch=[{"out": "8"}], squeue=[{}])
+    assert lost.returncode == 1 and "before it could tell" in lost.stderr
+
+
 def test_slurm_submits_a_script_that_requeues_on_75(cluster, tmp_path):
     done = cluster.run(
         "slurm.sh", "--name", "job", "--nodes", "2", "--env", str(tmp_path), *COMMAND, sbatch=[{"out": "7"}]
@@ -48,6 +81,7 @@ def test_slurm_submits_a_script_that_requeues_on_75(cluster, tmp_path):
         environment = {"PATH": f"{cluster.place}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
         ran = subprocess.run(["bash", batch], env=environment, cwd=tmp_path)
         assert ran.returncode == code and (tmp_path / "requeued").exists() == requeued
+        assert (cluster.place / "launch-logs/job/7.code").read_text() == f"{code}\n"
         (tmp_path / "requeued").unlink(missing_ok=True)
     assert "distill --config my config.py" in (tmp_path / "srun").read_text()
 
@@ -58,16 +92,23 @@ def test_slurm_says_when_it_is_refused(cluster):
 
 
 def test_gke_applies_follows_and_gathers(cluster):
-    done = cluster.run("gke.sh", *GKE, *COMMAND, kubectl=[{}, {"out": ""}, {"out": "Completed"}, {"out": "words"}])
+    done = cluster.run(
+        "gke.sh",
+        *GKE,
+        *COMMAND,
+        kubectl=[{}, {"out": "/"}, {"out": "first words"}, {"out": "1/Completed"}, {"out": "words"}],
+    )
     assert done.returncode == 0, done.stderr
     manifest = (cluster.place / "manifest").read_text()
     assert "completions: 4" in manifest and 'args: ["distill", "--config", "my config.py"' in manifest
     assert "@" not in manifest
-    assert (cluster.place / "launch-logs/job/pods.log").read_text() == "words\n"
+    logs = cluster.place / "launch-logs/job"
+    assert {p.name: p.read_text() for p in logs.iterdir()} == {"pods-0.log": "first words\n", "pods-1.log": "words\n"}
+    assert "started again (1 of 20)" in done.stderr
 
 
 def test_gke_says_how_a_run_ended(cluster):
-    failed = cluster.run("gke.sh", *GKE, *COMMAND, kubectl=[{}, {"out": "Failed"}])
+    failed = cluster.run("gke.sh", *GKE, *COMMAND, kubectl=[{}, {"out": "0/Failed"}])
     assert failed.returncode == 1 and "ended as Failed" in failed.stderr
 
 
