@@ -10,7 +10,8 @@ usage: launch/gke.sh --name NAME --image IMAGE --accelerator NAME --topology T [
        launch/gke.sh --name NAME --down
 
 Render launch/gke.yaml, apply it with kubectl and follow it. Kubernetes starts all pods again when one is preempted or
-ends with exit code 75; the command continues in its work directory, which has to be in a bucket.
+ends with exit code 75; the command continues in its work directory, which has to be in a bucket: gs://BUCKET/FOLDER is
+mounted in every pod by the cluster's Cloud Storage FUSE driver.
 
   --name NAME              the JobSet
   --image IMAGE            built from the Dockerfile and pushed to a registry that the cluster reads
@@ -67,6 +68,8 @@ if ((DOWN)); then
   exit 0
 fi
 check_command "${COMMAND[@]}"
+mount_buckets_of_command
+((${#BUCKETS[@]} <= 1)) || usage_error "the command names the buckets ${BUCKETS[*]}; use one"
 [[ $IMAGE =~ ^[A-Za-z0-9._/:@-]+$ ]] || usage_error "the image is '$IMAGE'; give --image, such as us-docker.pkg.dev/p/r/hypenet:1"
 [[ $ACCELERATOR =~ ^[a-z0-9-]+$ ]] || usage_error "the accelerator is '$ACCELERATOR'; give --accelerator, such as tpu-v5p-slice"
 [[ $TOPOLOGY =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] || usage_error "the topology is '$TOPOLOGY'; give --topology, such as 4x4"
@@ -85,7 +88,14 @@ render() {
   for key in NAME IMAGE ACCELERATOR TOPOLOGY CHIPS HOSTS SERVICE_ACCOUNT RESTARTS; do
     text=${text//"@$key@"/"${!key}"}
   done
-  printf '%s\n' "${text//"@ARGUMENTS@"/"$arguments"}"
+  text=${text//"@ARGUMENTS@"/"$arguments"}
+  if ((${#BUCKETS[@]} > 0)); then
+    text=${text//"@BUCKET@"/"${BUCKETS[0]}"}
+    text=${text//"@MOUNT@"/"$BUCKET_ROOT/${BUCKETS[0]}"}
+    text=${text//"# bucket: "/}
+  fi
+  # What is left of a bucket's lines is a comment without one.
+  printf '%s\n' "$text" | grep -v '# bucket: ' || true
 }
 
 if [[ $DRY_RUN == 1 ]]; then

@@ -13,7 +13,8 @@ usage: launch/tpu_pod.sh --name NAME --zone ZONE --type TYPE [options] -- <hypen
        launch/tpu_pod.sh --name NAME --zone ZONE --down
 
 Create or reuse a queued resource, install this commit on every worker, run the command on all of them, gather their
-logs, and restart after a preemption. The same command again continues to follow a run that goes on.
+logs, and restart after a preemption. The same command again continues to follow a run that goes on. A bucket that the
+command names (gs://BUCKET/FOLDER) is mounted with gcsfuse on every worker.
 
   --name NAME             the job: names the queued resource and its node
   --zone ZONE             such as us-west4-a
@@ -78,6 +79,7 @@ parse() {
   [[ -z $PROJECT ]] || WHERE+=("--project=$PROJECT")
   ((DOWN)) && return
   check_command "${COMMAND[@]}"
+  mount_buckets_of_command
   [[ -n $TYPE ]] || usage_error "there is no accelerator type; give --type, such as v5litepod-16"
   RUNTIME=${RUNTIME:-$(runtime_of "$TYPE")}
   [[ -n $RUNTIME ]] || usage_error "the type '$TYPE' has no known software version; give --runtime"
@@ -216,6 +218,22 @@ grep "^libtpu==" code/requirements-aot.lock > libtpu.lock
 .venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e code
 echo %s > installed'
 
+# Nothing is cached of the bucket's names: a worker has to see at once what another has written.
+# shellcheck disable=SC2016
+MOUNT='set -e
+if ! command -v gcsfuse >/dev/null; then
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null
+  echo "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -o DPkg::Lock::Timeout=300 update -qq && sudo apt-get -o DPkg::Lock::Timeout=300 install -yqq gcsfuse
+fi
+for bucket in %s; do
+  mountpoint -q '"$BUCKET_ROOT"'/$bucket && continue
+  sudo mkdir -p '"$BUCKET_ROOT"'/$bucket && sudo chown "$USER" '"$BUCKET_ROOT"'/$bucket
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+    $bucket '"$BUCKET_ROOT"'/$bucket
+done'
+
 # shellcheck disable=SC2016
 START='cd ~/hypenet-%s
 if [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; then
@@ -265,6 +283,13 @@ prepare() {
     same lock "$worker" "$LOCK"
   done
   say "$WORKERS worker(s) answer: Python $(field python 0), jax $JAX, lock $LOCK"
+}
+
+# shellcheck disable=SC2059
+mount_buckets() {
+  ((${#BUCKETS[@]} > 0)) || return 0
+  on_each mount "$(printf "$MOUNT" "${BUCKETS[*]}")"
+  demand mount "cannot mount the bucket ${BUCKETS[*]}; may its service account (--service-account) write there?"
 }
 
 copy() {
@@ -347,6 +372,7 @@ print_plan() {
   ssh_to 0 ": mkdir; mkdir -p ~/hypenet-$NAME"
   run gcloud compute tpus tpu-vm scp "hypenet-$NAME.tar.gz" "$NAME:" "${WHERE[@]}" --worker=all --quiet
   ssh_to 0 ": install; $(printf "$INSTALL" "$NAME" "$NAME" "$COMMIT")"
+  ((${#BUCKETS[@]} == 0)) || ssh_to 0 ": mount; $(printf "$MOUNT" "${BUCKETS[*]}")"
   ssh_to 0 ": start; $(printf "$START" "$NAME" "$words" "$words")"
   ssh_to 0 ": follow; $(printf "$FOLLOW" "$NAME")"
   echo "# after exit code 75 or a preemption: delete, create and the rest again"
@@ -370,6 +396,7 @@ main() {
     ensure_active
     count_workers
     prepare
+    mount_buckets
     start
     say "running on $WORKERS worker(s); logs come to $LOGS"
     follow

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import time
 
+import yaml
+
 COMMAND = ("--", "distill", "--config", "my config.py", "--workdir", "w")
 GKE = ("--name", "job", "--image", "i:1", "--accelerator", "tpu-v5-lite-podslice", "--topology", "4x4")
 
@@ -101,10 +103,24 @@ def test_gke_applies_follows_and_gathers(cluster):
     assert done.returncode == 0, done.stderr
     manifest = (cluster.place / "manifest").read_text()
     assert "completions: 4" in manifest and 'args: ["distill", "--config", "my config.py"' in manifest
-    assert "@" not in manifest
+    assert "@" not in manifest and "bucket" not in manifest
     logs = cluster.place / "launch-logs/job"
     assert {p.name: p.read_text() for p in logs.iterdir()} == {"pods-0.log": "first words\n", "pods-1.log": "words\n"}
     assert "started again (1 of 20)" in done.stderr
+
+
+def test_gke_mounts_the_bucket_that_the_command_names(cluster):
+    words = ("--", "distill", "--workdir", "gs://my-bucket/w")
+    assert cluster.run("gke.sh", *GKE, *words, kubectl=[{}, {"out": "0/Completed"}]).returncode == 0
+    manifest = (cluster.place / "manifest").read_text()
+    assert 'args: ["distill", "--workdir", "/mnt/buckets/my-bucket/w"]' in manifest and "@" not in manifest
+    pod = yaml.safe_load(manifest)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+    mounts = pod["spec"]["containers"][0]["volumeMounts"]
+    assert mounts == [{"name": "bucket", "mountPath": "/mnt/buckets/my-bucket"}]
+    two = cluster.run("gke.sh", *GKE, *words, "--set", "gs://other-bucket/x")
+    assert two.returncode == 2 and "use one" in two.stderr
 
 
 def test_gke_says_how_a_run_ended(cluster):

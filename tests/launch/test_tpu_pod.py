@@ -3,7 +3,7 @@
 import pytest
 
 POD = ("--name", "job", "--zone", "us-west4-a", "--type", "v5litepod-16")
-RUN = (*POD, "--", "distill", "--config", "my config.py", "--workdir", "gs://b/w")
+RUN = (*POD, "--", "distill", "--config", "my config.py", "--workdir", "gs://bkt/w")
 
 
 def steps(cluster, worker: int) -> list[str]:
@@ -15,10 +15,11 @@ def steps(cluster, worker: int) -> list[str]:
 def test_from_nothing_to_done(cluster):
     done = cluster.run("tpu_pod.sh", *RUN)
     assert done.returncode == 0, done.stderr
-    assert steps(cluster, 0) == steps(cluster, 1) == ["check", "mkdir", "install", "check", "start", "follow"]
+    assert steps(cluster, 0) == steps(cluster, 1) == ["check", "mkdir", "install", "check", "mount", "start", "follow"]
     assert "words of worker 1" in (cluster.place / "launch-logs/job/worker-1.log").read_text()
     started = next(a for call in cluster.calls for a in call if a.startswith("--command=: start"))
     assert r"my\\\ config.py" in started
+    assert "/mnt/buckets/bkt/w" in started and "gs://" not in started
     assert "remove it with --down" in done.stderr
 
 
@@ -28,7 +29,7 @@ def test_again_reuses_the_resource_and_what_is_installed(cluster):
     assert cluster.run("tpu_pod.sh", *RUN).returncode == 0
     again = cluster.calls[before:]
     assert not any("create" in call or "scp" in call for call in again)
-    assert steps(cluster, 1)[-3:] == ["check", "start", "follow"]
+    assert steps(cluster, 1)[-4:] == ["check", "mount", "start", "follow"]
 
 
 def test_a_dead_worker_is_named_before_anything_is_installed(cluster):
@@ -45,7 +46,15 @@ def test_another_version_on_one_worker_is_named_before_the_start(cluster):
     assert "start" not in steps(cluster, 0)
 
 
-@pytest.mark.parametrize("step", ["check", "install", "follow"])
+def test_a_local_work_directory_needs_no_bucket_and_half_a_bucket_is_a_mistake(cluster):
+    local = (*POD, "--", "distill", "--config", "c.py", "--workdir", "/shared/w")
+    assert cluster.run("tpu_pod.sh", *local).returncode == 0
+    assert "mount" not in steps(cluster, 0)
+    half = cluster.run("tpu_pod.sh", *POD, "--", "distill", "--workdir", "gs://bkt")
+    assert half.returncode == 2 and "'gs://bkt' is no path in a bucket" in half.stderr
+
+
+@pytest.mark.parametrize("step", ["check", "install", "mount", "follow"])
 def test_an_ssh_that_fails_once_is_tried_again(cluster, step):
     done = cluster.run("tpu_pod.sh", *RUN, fails_once=[step, 1])
     assert done.returncode == 0, done.stderr
