@@ -32,7 +32,7 @@ def gathered(weight: jax.Array, dtype: DTypeLike, *axes: str | None) -> jax.Arra
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(divided: PartitionSpec, whole: PartitionSpec, weight: jax.Array) -> jax.Array:
     weight = jax.lax.with_sharding_constraint(weight, divided)
-    return jax.lax.with_sharding_constraint(weight, whole)
+    return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(weight, whole))
 
 
 def _gather_forward(divided: PartitionSpec, whole: PartitionSpec, weight: jax.Array) -> tuple[jax.Array, None]:

@@ -1,0 +1,105 @@
+"""The plan's and the scaling run's pages: a table and figures, as one HTML file that stands alone."""
+
+from __future__ import annotations
+
+import html
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals.report_axes import STYLE, svg
+from hypenet_jax.evals.report_style import CSS, INK, MODEL_COLOURS, MUTED, OTHER_COLOURS
+from hypenet_jax.plan.table import COLUMNS, GIB, rows
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise HypenetError("the plan is drawn with matplotlib, which is missing; install it") from error
+
+_PARTS = {"parameters": "#5a7fa8", "optimizer": "#33476b", "teacher": "#f2c14e", "cache": "#009e73", "batch": MUTED}
+
+
+def write_plan(records: Sequence[dict[str, Any]], directory: pathlib.Path) -> pathlib.Path:
+    """DIR/plan.html: memory and time of every record, and the table."""
+    figures = [memory_bars(records), time_bars(records)]
+    return page(directory / "plan.html", "Plan", [COLUMNS, *rows(records)], [f for f in figures if f])
+
+
+def memory_bars(records: Sequence[dict[str, Any]]) -> str:
+    """Memory of a chip by part, one bar a record, against what the chip has."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _horizontal(len(records))
+        for place, record in enumerate(records):
+            parts = dict(record["parts_bytes"])
+            parts |= {"temporaries": record.get("temporary_bytes", 0.0), "program": record.get("code_bytes", 0.0)}
+            left = 0.0
+            for name, size in parts.items():
+                colour = _PARTS.get(name) or (MODEL_COLOURS["student"] if name == "temporaries" else "#c6cdd8")
+                label = name if name not in axes.get_legend_handles_labels()[1] else None
+                axes.barh(place, size / GIB, left=left, color=colour, height=0.7, label=label)
+                left += size / GIB
+            if not record["fits"]:
+                axes.annotate("does not fit", (left, place), (4, 0), textcoords="offset points", va="center", color=INK)
+            if record["memory_bytes"]:
+                limit = record["memory_bytes"] / GIB
+                axes.plot([limit, limit], [place - 0.45, place + 0.45], color=INK, lw=1.6)
+        _finish(axes, records, "GiB a chip; the line is what it has")
+        return svg(figure, "memory")
+
+
+def time_bars(records: Sequence[dict[str, Any]]) -> str | None:
+    """Milliseconds of a step at peak rates: compute, memory, and each network axis side by side."""
+    timed = [record for record in records if "seconds" in record]
+    if not timed:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _horizontal(len(timed))
+        for place, record in enumerate(timed):
+            seconds = record["seconds"]
+            network = {f"network {axis}": s for axis, s in seconds["network"].items()}
+            shares = {"compute": seconds["compute"], "memory": seconds["memory"], **network}
+            height = 0.76 / len(shares)
+            for i, (name, value) in enumerate(shares.items()):
+                colour = {"compute": MODEL_COLOURS["student"], "memory": MODEL_COLOURS["teacher"]}.get(name)
+                colour = colour or OTHER_COLOURS[(len(name) + sum(map(ord, name))) % len(OTHER_COLOURS)]
+                label = name if name not in axes.get_legend_handles_labels()[1] else None
+                axes.barh(place - 0.38 + (i + 0.5) * height, value * 1e3, color=colour, height=height, label=label)
+        _finish(axes, timed, "ms a step at peak rates")
+        return svg(figure, "time")
+
+
+def page(path: pathlib.Path, title: str, table: Sequence[Sequence[str]], figures: Sequence[str]) -> pathlib.Path:
+    """Write the page beside its place and move it there."""
+    head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in table]
+    lines = "".join(f"<tr>{line}</tr>" for line in body)
+    text = (
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{CSS}</style><h1>{title}</h1>"
+        + "".join(f"<figure>{figure}</figure>" for figure in figures)
+        + f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table>"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def _horizontal(count: int) -> tuple[Any, Any]:
+    figure = Figure(figsize=(10.8, 0.42 * count + 1.1), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(axes: Any, records: Sequence[dict[str, Any]], label: str) -> None:
+    names = []
+    for record in records:
+        mesh = ",".join(f"{name}={size}" for name, size in record["mesh"].items() if size != 1)
+        names.append(f"{record['machine']}  {mesh}  {record['stage']}")
+    axes.set_yticks(range(len(records)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(label)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
