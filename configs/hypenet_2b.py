@@ -1,6 +1,6 @@
 """HypeNet-2B out of Qwen3-1.7B, with the numbers of the paper (arXiv 2601.22156, its table of stages and sizes).
 
-    hypenet plan --config configs/hypenet_2b.py --topology v5e-16                  # first: does it fit, what does it cost
+    hypenet plan --config configs/hypenet_2b.py --topology v5e-16                  # first: does it fit?
     hypenet convert --config configs/hypenet_2b.py --workdir runs/hypenet-2b --set mesh=v5e-16
 
 Hardware: 16 chips of TPU v5e, or any machine that `hypenet plan` says it fits on (docs/planning.md has the figures).

@@ -7,6 +7,7 @@ sheets of the H100 SXM and H200 SXM.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -93,12 +94,10 @@ def use_cpu(devices: int) -> None:
     """
     if APART.is_dir() and str(APART) not in sys.path:
         sys.path.append(str(APART))
-    try:
+    # Where JAX runs already, as in a test, what matters is what it has.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(1, devices))
-    except RuntimeError:
-        # JAX runs already, as in a test; what matters is what it has.
-        pass
     if len(jax.devices("cpu")) < devices:
         raise HypenetError(f"this process has {len(jax.devices('cpu'))} CPU devices and {devices} are asked for")
 
@@ -115,11 +114,11 @@ def open_devices(machine: Machine) -> list[Any]:
     if importlib.util.find_spec(package) is None and not (APART / package).is_dir():
         kind = "TPU" if machine.platform == "tpu" else "CUDA"
         raise HypenetError(
-            f"{machine.name} needs the {kind} compiler {package}, which is not installed; run `make aot` in the checkout"
+            f"{machine.name} needs the {kind} compiler {package}, which is not installed; run `make aot`"
         )
     if machine.platform == "gpu":
         raise HypenetError(
-            f"{machine.name} cannot be planned yet: kernels for it are compiled for one GPU; run `hypenet scaling` on it"
+            f"{machine.name} cannot be planned: kernels are compiled for one absent GPU only; run `hypenet scaling` there"
         )
     with _quiet():
         return open_topology(machine.topology)

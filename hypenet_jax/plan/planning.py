@@ -59,7 +59,7 @@ def plan(
     for one in machines:
         devices = open_devices(one)
         here = dataclasses.replace(config, dtype="float32") if one.platform == "cpu" else config
-        for axes in [_parsed(text) for text in meshes] or [_default_mesh(config, one)]:
+        for axes in [parsed_mesh(text) for text in meshes] or [_default_mesh(config, one)]:
             mesh = make_mesh(axes, devices)
             say(f"{one.name}, {one.chips} chips, mesh {written(axes)}")
             for stage in stages:
@@ -142,7 +142,8 @@ def written(axes: dict[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in axes.items() if size != 1) or "one device"
 
 
-def _parsed(text: str) -> dict[str, int]:
+def parsed_mesh(text: str) -> dict[str, int]:
+    """The sizes of "fsdp=16,tensor=4"; HypenetError for another form."""
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")

@@ -29,6 +29,62 @@ def write_plan(records: Sequence[dict[str, Any]], directory: pathlib.Path) -> pa
     return page(directory / "plan.html", "Plan", [COLUMNS, *rows(records)], [f for f in figures if f])
 
 
+def write_scaling(
+    records: Sequence[dict[str, Any]], table: Sequence[Sequence[str]], directory: pathlib.Path
+) -> pathlib.Path:
+    """DIR/scaling.html: throughput against devices with the ideal line, the parts of a step, and the table."""
+    return page(directory / "scaling.html", "Scaling", table, [throughput(records), step_parts(records)])
+
+
+def throughput(records: Sequence[dict[str, Any]]) -> str:
+    """Tokens a second by devices; the line is the smallest mesh's, multiplied."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        base = min(records, key=lambda record: record["devices"])
+        counts = sorted({record["devices"] for record in records})
+        ideal = [base["tokens_per_second"] * count / base["devices"] for count in counts]
+        axes.plot(counts, ideal, color=MUTED, lw=1, ls=(0, (4, 3)), label="ideal")
+        for record in records:
+            axes.plot(record["devices"], record["tokens_per_second"], "o", color=MODEL_COLOURS["student"])
+            spot = (record["devices"], record["tokens_per_second"])
+            axes.annotate(mesh_name(record), spot, (5, -3), textcoords="offset points", fontsize=8)
+        axes.set_xticks(counts)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("devices")
+        axes.set_ylabel("tokens/s")
+        axes.legend()
+        return svg(figure, "throughput")
+
+
+def step_parts(records: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of a step in compute, collectives and input."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _horizontal(len(records))
+        colours = {
+            "compute": MODEL_COLOURS["student"],
+            "collective": MODEL_COLOURS["teacher"],
+            "input": OTHER_COLOURS[0],
+        }
+        for place, record in enumerate(records):
+            left = 0.0
+            for name, colour in colours.items():
+                value = record[f"{name}_seconds"] * 1e3
+                axes.barh(place, value, left=left, color=colour, height=0.7, label=name if not place else None)
+                left += value
+        axes.set_yticks(range(len(records)), [mesh_name(record) for record in records])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("ms a step and device")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return svg(figure, "step-parts")
+
+
+def mesh_name(record: dict[str, Any]) -> str:
+    """A record's mesh, axes of size 1 left out."""
+    return ",".join(f"{name}={size}" for name, size in record["mesh"].items() if size != 1) or "one device"
+
+
 def memory_bars(records: Sequence[dict[str, Any]]) -> str:
     """Memory of a chip by part, one bar a record, against what the chip has."""
     with matplotlib.rc_context(STYLE):
@@ -96,8 +152,7 @@ def _horizontal(count: int) -> tuple[Any, Any]:
 def _finish(axes: Any, records: Sequence[dict[str, Any]], label: str) -> None:
     names = []
     for record in records:
-        mesh = ",".join(f"{name}={size}" for name, size in record["mesh"].items() if size != 1)
-        names.append(f"{record['machine']}  {mesh}  {record['stage']}")
+        names.append(f"{record['machine']}  {mesh_name(record)}  {record['stage']}")
     axes.set_yticks(range(len(records)), names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)

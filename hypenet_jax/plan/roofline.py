@@ -15,7 +15,7 @@ from hypenet_jax.plan.stages import Work
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step: each at the peak rate of the chip, alone."""
+    """Seconds of a step, each at the peak rate of the chip: no prediction, no measurement."""
 
     compute: float
     memory: float
@@ -23,7 +23,7 @@ class Roofline:
 
     @property
     def least(self) -> float:
-        """Everything beside everything else: no step is faster."""
+        """Everything beside everything else."""
         return max(self.compute, self.memory, *self.network.values(), 0.0)
 
     @property

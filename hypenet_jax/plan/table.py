@@ -56,12 +56,12 @@ def _times(record: dict[str, Any]) -> list[str]:
     lines = [
         f"    ms a step at peak rates: compute {seconds['compute'] * 1e3:.3g}, memory {seconds['memory'] * 1e3:.3g}"
         f"{network}; together {least * 1e3:.3g} (all at once) to {most * 1e3:.3g} (one by one)",
-        f"    at most {slow:,.0f} to {fast:,.0f} tokens/s",
+        f"    {slow:,.0f} to {fast:,.0f} tokens/s at those rates",
     ]
     if "chip_hours" in record:
         low, high = record["chip_hours"]
         lines.append(
-            f"    the stage: {record['tokens'] / 1e9:.3g}B tokens in {record['steps']:,} steps, at least {low:,.3g} to "
+            f"    the stage: {record['tokens'] / 1e9:.3g}B tokens in {record['steps']:,} steps, {low:,.3g} to "
             f"{high:,.3g} chip-hours"
         )
     return lines
