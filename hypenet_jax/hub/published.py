@@ -10,7 +10,7 @@ from hypenet_jax.errors import HypenetError
 from hypenet_jax.hub.loading import read_config
 from hypenet_jax.model import ModelConfig
 
-_QWEN3 = {
+_QWEN3: dict[str, Any] = {
     "vocab_size": 151936,
     "num_kv_heads": 8,
     "head_dim": 128,

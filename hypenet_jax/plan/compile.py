@@ -55,7 +55,7 @@ def compile_work(work: Work, mesh: Mesh, effort: float = QUICK) -> Compiled:
         with _effort(effort), jax.set_mesh(mesh):
             compiled = work.step.lower(*work.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        short = _too_large(str(error))
+        short = _too_large(str(error), sum(parts.values()))
         if short is None:
             raise
         return Compiled(parts, short=short, seconds=time.monotonic() - start)
@@ -92,16 +92,22 @@ def _largest(program: Program, most: int = 8) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(sizes.items(), key=lambda one: -one[1])[:most])
 
 
-def _too_large(message: str) -> float | None:
-    """Bytes beyond the memory of a device, of the compiler's message; None for another failure."""
-    if not re.search(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|[Ee]xceed\w* (?:the )?\w* ?(?:hbm|memory)", message):
-        return None
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-    if found := re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)([KMGT]?)", message):
-        return float(found[1]) * units[found[2]]
-    if found := re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message):
-        return float(found[1]) * units[found[2]] - float(found[3]) * units[found[4]]
-    raise HypenetError(f"the compiler says that memory does not suffice but not by how much: {message[:200]}")
+_BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+
+
+def _too_large(message: str, arguments: float) -> float | None:
+    """Bytes beyond the memory of a device, of the compiler's message; None for another failure.
+
+    `arguments`: bytes of what lies there already, which one of the compiler's sentences leaves out.
+    """
+    if found := re.search(rf"xceeded hbm capacity by {_SIZE}", message):
+        return float(found[1]) * _BYTES[found[2]]
+    if found := re.search(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message):
+        return float(found[1]) * _BYTES[found[2]] - float(found[3]) * _BYTES[found[4]] + arguments
+    if "RESOURCE_EXHAUSTED" in message:
+        raise HypenetError(f"the compiler says that memory does not suffice but not by how much: {message[:200]}")
+    return None
 
 
 @contextlib.contextmanager

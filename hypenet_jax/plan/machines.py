@@ -118,7 +118,7 @@ def open_devices(machine: Machine) -> list[Any]:
         )
     if machine.platform == "gpu":
         raise HypenetError(
-            f"{machine.name} cannot be planned: kernels are compiled for one absent GPU only; run `hypenet scaling` there"
+            f"{machine.name} cannot be planned: only one GPU can be compiled for unseen; run `hypenet scaling` there"
         )
     with _quiet():
         return open_topology(machine.topology)

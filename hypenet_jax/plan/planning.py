@@ -53,8 +53,6 @@ def plan(
     teacher = config_of(config.teacher)
     machines = [machine(name) for name in topologies]
     use_cpu(max((m.chips for m in machines if m.platform == "cpu"), default=1))
-    if not meshes and len(machines) == 1 and not config.mesh and machines[0].name not in PRESETS:
-        raise HypenetError(f"{machines[0].name} has no preset mesh; give --mesh, for example fsdp={machines[0].chips}")
     records = []
     for one in machines:
         devices = open_devices(one)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,7 +38,7 @@ class Work:
     """
 
     name: str
-    step: Callable
+    step: Any  # a jitted function
     arguments: tuple[Any, ...]
     parts: dict[str, Any]
     flops: float

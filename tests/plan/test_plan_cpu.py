@@ -113,8 +113,12 @@ def test_a_config_for_training_from_scratch_is_refused(capsys):
 
 def test_what_the_compiler_says_of_too_large_a_program():
     said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-    assert _too_large(said + "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.") == 4.75 * 2**30
-    assert _too_large("INTERNAL: something else") is None
+    assert _too_large(said + "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 7.0) == 4.75 * 2**30
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    assert _too_large(said + "(46.01G) exceeds available HBM (15.75G).", 7.0) == pytest.approx(30.26 * 2**30 + 7)
+    assert _too_large("INTERNAL: something else", 7.0) is None
+    with pytest.raises(HypenetError, match="not by how much"):
+        _too_large("RESOURCE_EXHAUSTED: full", 7.0)
 
 
 def test_the_remedy_is_one_that_compiles(config_file):
@@ -136,5 +140,5 @@ def test_the_remedy_is_one_that_compiles(config_file):
 def test_a_mesh_is_the_configs_where_it_fits_the_machine(config_file):
     config = load_config(config_file, ["mesh.fsdp=16"])
     assert planning._default_mesh(config, machine("v5e-16")) == {"fsdp": 16}
-    assert planning._default_mesh(config, machine("v5e-256")) == {"fsdp": 64, "tensor": 4}
+    assert planning._default_mesh(config, machine("v5e-256")) == {"fsdp": 32, "tensor": 8}
     assert planning._default_mesh(config, machine("v5e-8")) == {"fsdp": 8}

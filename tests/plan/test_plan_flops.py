@@ -19,11 +19,8 @@ TEACHER = hn.ModelConfig(
     mixers=("attention", "attention"), eos_ids=(0,), pad_id=0,
 )  # fmt: skip
 STUDENT = student_of(TEACHER, (0,), "hype")
-BATCH = {
-    "tokens": jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32), "targets": jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32),
-    "segment_ids": jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32),
-    "loss_mask": jax.ShapeDtypeStruct((ROWS, LENGTH), bool),
-}  # fmt: skip
+IDS = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+BATCH = {"tokens": IDS, "targets": IDS, "segment_ids": IDS, "loss_mask": jax.ShapeDtypeStruct(IDS.shape, bool)}
 
 
 def counted(function, *arguments):

@@ -74,7 +74,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_turns():
     assert total_sent(found) == {"fsdp": 15 * 128.0}
 
 
-# As the TPU compiler writes them: groups named by axes, a gather split into parts, a counter without a noted trip count.
+# As the TPU compiler writes: groups named by axes, a gather split into parts, a loop without a noted trip count.
 TPU = """HloModule jit_update, is_scheduled=true
 
 %start (param_0: bf16[4,8]) -> (bf16[4,8], bf16[64,8]) {
