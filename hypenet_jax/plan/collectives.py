@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +46,8 @@ def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective
     shows the whole; those parts share a chain, and one of them counts.
     """
     runs = program.runs()
-    found: dict[tuple, float] = {}
-    chains: dict[tuple, tuple[tuple, float]] = {}
+    found: dict[Any, float] = {}
+    chains: dict[Any, tuple[Any, float]] = {}
     for where, times in runs.items():
         for instruction in program.computations[where].values():
             fused = instruction.attribute("calls") if instruction.opcode == "fusion" else None
@@ -66,7 +67,7 @@ def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective
                     found[key] = found.get(key, 0.0) + times
     for key, times in chains.values():
         found[key] = found.get(key, 0.0) + times
-    listed = [Collective(*key, count) for key, count in found.items() if key[2] > 1]
+    listed = [Collective(*key, count=count) for key, count in found.items() if key[2] > 1]
     return sorted(listed, key=lambda one: -one.sent)
 
 

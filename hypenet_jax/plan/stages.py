@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -52,7 +53,8 @@ def models(config: ConvertConfig, teacher: ModelConfig) -> tuple[LanguageModel, 
     if layers is None:
         layers = tuple(select.choose({}, teacher.num_layers, "evenly", config.select.keep))
     student = transfer.student_of(teacher, layers, config.student.position)
-    return tuple(LanguageModel(sizes, dtype=config.dtype, remat=config.remat) for sizes in (teacher, student))
+    model = functools.partial(LanguageModel, dtype=config.dtype, remat=config.remat)
+    return model(teacher), model(student)
 
 
 def work_of(stage: str, config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> Work:

@@ -115,3 +115,23 @@ def test_what_does_not_fit_is_said_with_what_to_change(config_file):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "does not fit, by" in done.stdout and "of 15.75 GiB" in done.stdout
     assert "what to change: --set remat=True fits" in done.stdout
+
+
+LAY_OUT = """
+from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.presets import PRESETS
+from hypenet_jax.plan.machines import machine, open_devices, use_cpu
+use_cpu(1)
+for name, axes in {**PRESETS, "v5p-128": {"fsdp": 2, "seq": 32}}.items():
+    if machine(name).platform == "tpu":
+        mesh = make_mesh(axes, open_devices(machine(name)))
+        print(name, len(set(mesh.devices.flat)))
+"""
+
+
+def test_every_presets_mesh_lies_on_its_machine():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LAY_OUT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert found["v5e-256"] == "256" and found["v5p-8"] == "4" and found["v5p-128"] == "64" and len(found) > 8
