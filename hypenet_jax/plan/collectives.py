@@ -67,7 +67,8 @@ def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective
                     found[key] = found.get(key, 0.0) + times
     for key, times in chains.values():
         found[key] = found.get(key, 0.0) + times
-    listed = [Collective(*key, count=count) for key, count in found.items() if key[2] > 1]
+    alike = [Collective(kind, axes, devices, size, n) for (kind, axes, devices, size), n in found.items()]
+    listed = [one for one in alike if one.devices > 1]
     return sorted(listed, key=lambda one: -one.sent)
 
 

@@ -102,10 +102,10 @@ def test_four_layers_of_distillation_on_v5e_16(config_file, tmp_path):
 
     # No [B, T, V], not even of a device's two rows: the largest is the gradient of 2048 tokens' logits.
     assert max(record["largest"].values()) == 2048 * V * 2 < 2 * 2048 * V * 2
-    # Two heads (the trained one in both types), the gradient of one, the logits of 512 tokens of both models, that
-    # buffer, and 64 MiB for all else.
-    known = (4 + 2 + 2 + 4) * V * D + 2 * 512 * V * 4 + 2048 * V * 2
-    assert record["temporary_bytes"] < known + 64 * 2**20
+    # Two heads (the trained one in both types), the gradient of one and its sum, the logits of 512 tokens of both
+    # models, that buffer, and 96 MiB for all else.
+    known = (4 + 2 + 2 + 4 + 4) * V * D + 2 * 512 * V * 4 + 2048 * V * 2
+    assert record["temporary_bytes"] < known + 96 * 2**20
     assert record["tokens_per_second"][0] > 0 and record["chip_hours"][0] > 0
 
 
