@@ -110,11 +110,11 @@ def test_four_layers_of_distillation_on_v5e_16(config_file, tmp_path):
 
 
 def test_what_does_not_fit_is_said_with_what_to_change(config_file):
-    words = ["--set", "finetune.seq_len=65536", "--set", "finetune.batch_size=16", "--set", "remat=False"]
+    words = ["--set", "finetune.seq_len=65536", "--set", "finetune.batch_size=64", "--set", "remat=False"]
     done = run("--config", str(config_file), "--topology", "v5e-4", "--stages", "finetune", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "does not fit, by" in done.stdout and "of 15.75 GiB" in done.stdout
-    assert "what to change: --set remat=True fits" in done.stdout
+    assert "what to change: --set " in done.stdout and "compiled)" in done.stdout
 
 
 LAY_OUT = """
