@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from hypenet_jax.errors import HypenetError
 
@@ -66,6 +67,14 @@ COMMANDS = {
         "hypenet evaluate --config configs/demo.py --workdir runs/demo",
     ),
     "report": ("write the HTML report of a work directory", "hypenet report runs/demo"),
+    "plan": (
+        "compile a run for a machine that is not here: memory, collectives, time",
+        "hypenet plan --config configs/hypenet_2b.py --topology v5e-16 --stages distill",
+    ),
+    "scaling": (
+        "run steps on several meshes of the devices here: throughput, efficiency, where the time goes",
+        "hypenet scaling --config configs/demo.py --meshes fsdp=1 fsdp=2 --steps 10",
+    ),
     "pretrain": (
         "train from scratch with cross-entropy",
         "hypenet pretrain --config configs/demo_teacher.py --workdir runs/teacher",
@@ -75,6 +84,7 @@ COMMANDS = {
         'hypenet generate runs/demo/export --prompt "def main" --max-new-tokens 64',
     ),
 }
+PLAN_COMMANDS = ("plan", "scaling")
 RUN_COMMANDS = ("convert", "align", "select", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain")
 
 
@@ -239,6 +249,51 @@ def _generate(arguments: argparse.Namespace) -> None:
     print_stream(ids, model.tokenizer, sys.stdout, after=prompt)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.plan.compile import FULL, QUICK
+    from hypenet_jax.plan.planning import plan
+
+    plan(
+        _conversion(arguments),
+        [name for names in arguments.topology for name in names.split(",")],
+        arguments.mesh,
+        arguments.stages,
+        effort=FULL if arguments.full else QUICK,
+        json_file=arguments.json,
+        directory=arguments.out,
+        say=partial(print, flush=True),
+    )
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.plan.scaling import scaling
+
+    scaling(
+        _conversion(arguments),
+        arguments.meshes,
+        arguments.steps,
+        stage=arguments.stage,
+        weak=arguments.weak,
+        json_file=arguments.json,
+        directory=arguments.out,
+        say=partial(print, flush=True),
+    )
+
+
+def _conversion(arguments: argparse.Namespace) -> Any:
+    """The config, which has to be one for converting a teacher."""
+    from hypenet_jax.config import load_config
+    from hypenet_jax.halo.settings import ConvertConfig
+
+    config = load_config(arguments.config, arguments.set)
+    if not isinstance(config, ConvertConfig):
+        raise HypenetError(
+            f"{arguments.config} is a config for training from scratch; hypenet {arguments.command} needs one for "
+            "converting a teacher"
+        )
+    return config
+
+
 def _prompt(argument: str) -> str:
     """The text itself, or standard input for "-"; HypenetError where it is no text."""
     try:
@@ -258,6 +313,8 @@ SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
     "pack": _pack,
     "report": _report,
     "generate": _generate,
+    "plan": _plan,
+    "scaling": _scaling,
 }
 
 
@@ -279,9 +336,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         for name, (text, example) in COMMANDS.items()
     }
-    for name in RUN_COMMANDS:
+    for name in (*RUN_COMMANDS, *PLAN_COMMANDS):
         added[name].add_argument("--config", required=True, help="a Python program that defines get_config()")
-        added[name].add_argument("--workdir", required=True, help="where everything is written, and continued from")
+        if name in RUN_COMMANDS:
+            added[name].add_argument("--workdir", required=True, help="where everything is written, and continued from")
         added[name].add_argument(
             "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a config value"
         )
@@ -301,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
         "--heldout-share", type=float, help="write OUT/train and OUT/heldout, this share of the documents held out"
     )
     added["report"].add_argument("workdir")
+    _add_planning(added["plan"], added["scaling"])
     generate = added["generate"]
     generate.add_argument("model", help="Hugging Face directory, GGUF file or a stage's directory")
     generate.add_argument("--prompt", required=True, help='the text to continue; "-" reads standard input')
@@ -311,6 +370,27 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--max-len", type=int, help="slots of the cache; by default as many as are needed")
     return parser
+
+
+def _add_planning(plan: argparse.ArgumentParser, scaling: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--topology",
+        action="append",
+        required=True,
+        metavar="MACHINE",
+        help="v5e-16, v5p-64, v6e-64, cpu8, ... or several",
+    )
+    plan.add_argument("--mesh", action="append", default=[], metavar="AXIS=SIZE,...", help="again for a sweep")
+    stages = ("align", "distill", "finetune", "prefill", "decode")
+    plan.add_argument("--stages", nargs="+", choices=stages, default=stages, help="some of the stages")
+    plan.add_argument("--full", action="store_true", help="compile as the run will: several times slower")
+    scaling.add_argument("--meshes", nargs="+", required=True, metavar="AXIS=SIZE,...", help="the smallest first")
+    scaling.add_argument("--steps", type=int, default=10, help="measured steps on each mesh")
+    scaling.add_argument("--stage", choices=stages[:3], default="distill")
+    scaling.add_argument("--weak", action="store_true", help="as many rows a device on every mesh, not in all")
+    for command in (plan, scaling):
+        command.add_argument("--json", metavar="FILE", help="write the figures there as well")
+        command.add_argument("--out", metavar="DIR", help="write a page with the table and the plot there")
 
 
 def entry() -> None:

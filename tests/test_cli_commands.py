@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hypenet_jax as hn
-from hypenet_jax.cli import COMMANDS, RUN_COMMANDS, _parser, main
+from hypenet_jax.cli import COMMANDS, PLAN_COMMANDS, RUN_COMMANDS, _parser, main
 from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
 from hypenet_jax.inference.console import print_stream
@@ -33,7 +33,7 @@ def test_help_shows_an_example(command, capsys):
     leaves_with(0, command, "--help")
     said = capsys.readouterr().out
     assert f"example:\n  hypenet {command}" in said
-    assert ("--set" in said) == (command in RUN_COMMANDS)
+    assert ("--set" in said) == (command in (*RUN_COMMANDS, *PLAN_COMMANDS))
 
 
 def test_help_lists_every_command(capsys):

@@ -8,6 +8,7 @@ import numpy as np
 
 from hypenet_jax.model.config import LogitsScaling, RopeScaling
 from hypenet_jax.parallel.activations import constrain
+from hypenet_jax.parallel.weights import gathered
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -64,16 +65,17 @@ def hype_scaling(a: jax.Array | float, positions_BT: jax.Array) -> jax.Array:
 
 def swiglu(params: dict, x_BTD: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)); params gate, up [D, F], down [F, D]."""
-    gate, up, down = (params[name].astype(x_BTD.dtype) for name in ("gate", "up", "down"))
+    gate, up = (gathered(params[name], x_BTD.dtype, "embed", "mlp") for name in ("gate", "up"))
+    down = gathered(params["down"], x_BTD.dtype, "mlp", "embed")
     hidden_BTF = constrain(jax.nn.silu(x_BTD @ gate) * (x_BTD @ up), "batch", "length", "act_mlp")
     return hidden_BTF @ down
 
 
 def project_heads(x_BTD: jax.Array, kernel_DHK: jax.Array) -> jax.Array:
     """[B, T, D] by [D, H, K] to [B, T, H, K], in x's dtype."""
-    return jnp.einsum("btd,dhk->bthk", x_BTD, kernel_DHK.astype(x_BTD.dtype))
+    return jnp.einsum("btd,dhk->bthk", x_BTD, gathered(kernel_DHK, x_BTD.dtype, "embed", "heads", "head_dim"))
 
 
 def merge_heads(o_BTHK: jax.Array, kernel_HKD: jax.Array) -> jax.Array:
     """[B, T, H, K] by [H, K, D] to [B, T, D], in o's dtype."""
-    return jnp.einsum("bthk,hkd->btd", o_BTHK, kernel_HKD.astype(o_BTHK.dtype))
+    return jnp.einsum("bthk,hkd->btd", o_BTHK, gathered(kernel_HKD, o_BTHK.dtype, "heads", "head_dim", "embed"))

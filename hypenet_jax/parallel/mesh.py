@@ -60,7 +60,13 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     if slices > 1:
         grid = _grid_of_slices(slices, tuple(sizes.values()), devices)
         return Mesh(grid, (SLICES, *AXES), axis_types=(AxisType.Auto,) * (1 + len(AXES)))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError:
+        # Sizes that are no products of whole axes of the torus, such as 2 x 32 on 4 x 4 x 4.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def row_axes(mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...]:

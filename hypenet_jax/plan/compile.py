@@ -1,0 +1,124 @@
+"""Compile a stage's step for its machine, and read what the compiled program says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.plan.collectives import Collective, collectives
+from hypenet_jax.plan.hlo import Program
+from hypenet_jax.plan.stages import Work
+from hypenet_jax.plan.traffic import memory_traffic
+
+# XLA's effort at run time, JAX's `exec_time_optimization_effort`: -1 compiles the same program, divided and laid out
+# alike, without the search for a better schedule, several times faster.
+QUICK, FULL = -1.0, 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiled step is, per device; bytes.
+
+    parts: of the arguments, by name. temporaries: activations, gathered weights, gradients. code: the program itself.
+    short: by how much it does not fit, 0 where it fits; then nothing else is known but the parts. traffic: bytes read
+    and written in main memory. seconds: of tracing and compiling.
+    """
+
+    parts: dict[str, float]
+    temporaries: float = 0.0
+    code: float = 0.0
+    short: float = 0.0
+    traffic: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+    largest: tuple[tuple[str, float], ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values()) + self.temporaries + self.code
+
+
+def compile_work(work: Work, mesh: Mesh, effort: float = QUICK) -> Compiled:
+    """Compile a step for the devices of its mesh; a program that is too large for them is a result, not an error."""
+    parts = {name: held(tree) for name, tree in work.parts.items() if tree is not None}
+    start = time.monotonic()
+    try:
+        with _effort(effort), jax.set_mesh(mesh):
+            compiled = work.step.lower(*work.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        short = _too_large(str(error), sum(parts.values()))
+        if short is None:
+            raise
+        return Compiled(parts, short=short, seconds=time.monotonic() - start)
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    program = Program(compiled.as_text())
+    # What the compiler adds to the arguments: padding, and results that take no argument's place.
+    beside = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    beside = max(0.0, beside - sum(parts.values()))
+    return Compiled(
+        parts=parts,
+        temporaries=memory.temp_size_in_bytes + beside,
+        code=memory.generated_code_size_in_bytes,
+        traffic=memory_traffic(program),
+        collectives=tuple(collectives(program, dict(mesh.shape))),
+        largest=_largest(program),
+        seconds=seconds,
+    )
+
+
+def held(tree: Any) -> float:
+    """Bytes of abstract arrays on one device."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+def _largest(program: Program, most: int = 8) -> tuple[tuple[str, float], ...]:
+    """The largest arrays that any instruction makes: ("bf16[6,512,2048]", bytes), for tests and for the curious."""
+    sizes: dict[str, float] = {}
+    for name in program.runs():
+        for instruction in program.computations[name].values():
+            for array in instruction.arrays:
+                sizes[f"{array.dtype}[{','.join(map(str, array.dims))}]"] = array.size
+    return tuple(sorted(sizes.items(), key=lambda one: -one[1])[:most])
+
+
+_BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+
+
+def _too_large(message: str, arguments: float) -> float | None:
+    """Bytes beyond the memory of a device, of the compiler's message; None for another failure.
+
+    `arguments`: bytes of what lies there already, which one of the compiler's sentences leaves out.
+    """
+    if found := re.search(rf"xceeded hbm capacity by {_SIZE}", message):
+        return float(found[1]) * _BYTES[found[2]]
+    if found := re.search(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message):
+        return float(found[1]) * _BYTES[found[2]] - float(found[3]) * _BYTES[found[4]] + arguments
+    if "RESOURCE_EXHAUSTED" in message:
+        raise HypenetError(f"the compiler says that memory does not suffice but not by how much: {message[:200]}")
+    return None
+
+
+@contextlib.contextmanager
+def _effort(effort: float) -> Iterator[None]:
+    before = jax.config.jax_exec_time_optimization_effort  # type: ignore[attr-defined]
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+    # A program for an absent machine cannot be put into the cache of this one.
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", before)
+        jax.config.update("jax_enable_compilation_cache", cached)

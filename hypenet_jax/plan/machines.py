@@ -1,0 +1,138 @@
+"""The machines that a run can be planned for: what a chip has, and how its absent devices are opened.
+
+TPU figures are of the pages "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation; what the compiler lets a
+program use is from its own message when a program is too large (libtpu 0.0.42). GPU figures are of NVIDIA's data
+sheets of the H100 SXM and H200 SXM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+import jax
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.presets import PRESETS
+from kernels_pallas.absent import open_topology
+
+GIB = 2**30
+# Where `make aot` puts the compilers of absent machines, apart from the other packages.
+APART = pathlib.Path(sys.prefix) / "aot"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip. memory: GiB that a program may use (None: not stated). flops: dense bfloat16, a second. memory_rate,
+    link_rate, dcn_rate: bytes a second; link_rate is of one port in one direction, and a torus axis has two ports."""
+
+    memory: float | None
+    flops: float
+    memory_rate: float
+    link_rate: float
+    dcn_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A machine by its preset's name: its chip, how many, and the topology as its compiler names it."""
+
+    name: str
+    chip: Chip
+    chips: int
+    platform: str  # "tpu", "gpu" or "cpu"
+    topology: str
+
+
+V5E = Chip(15.75, 197e12, 819e9, 50e9, 3.125e9)
+V5P = Chip(95.74, 459e12, 2765e9, 100e9, 6.25e9)
+V6E = Chip(31.25, 918e12, 1640e9, 100e9, 12.5e9)
+H100 = Chip(79.1, 989e12, 3350e9, 450e9, 50e9)
+H200 = Chip(139.8, 989e12, 4800e9, 450e9, 50e9)
+# No figures: a CPU plan shows memory and collectives, not time.
+CPU = Chip(None, 0.0, 0.0, 0.0, 0.0)
+TPUS = {"v5e": V5E, "v5p": V5P, "v6e": V6E}
+
+# Shapes of the slices that the Cloud offers, in chips; libtpu calls the v5p "v5".
+_SHAPES = {
+    "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
+}
+_GPUS = {"h100": H100, "h200": H200}
+
+
+def machine(name: str) -> Machine:
+    """The machine of this name: "v5e-16", "v5p-64" (cores, two a chip), "v6e-64", "h100x8", "h200x2", "cpu8", ...
+
+    Raises:
+      HypenetError: a name that stands for no machine we know.
+    """
+    if match := re.fullmatch(r"(v5e|v5p|v6e)-(\d+)", name):
+        kind, count = match[1], int(match[2]) // (2 if match[1] == "v5p" else 1)
+        if count in _SHAPES[kind]:
+            prefix = "v5" if kind == "v5p" else kind
+            return Machine(name, TPUS[kind], count, "tpu", f"{prefix}:{_SHAPES[kind][count]}")
+    elif match := re.fullmatch(r"(h100|h200)x([1248])", name):
+        return Machine(name, _GPUS[match[1]], int(match[2]), "gpu", match[1])
+    elif (match := re.fullmatch(r"cpu(\d+)", name)) and int(match[1]) in range(1, 65):
+        return Machine(name, CPU, int(match[1]), "cpu", "")
+    raise HypenetError(f"topology {name!r} is no machine we know; give one like {', '.join(PRESETS)}")
+
+
+def use_cpu(devices: int) -> None:
+    """Make this process a CPU one with at least so many devices, for compilers that need no accelerator.
+
+    Raises:
+      HypenetError: JAX has already started with fewer devices.
+    """
+    if APART.is_dir() and str(APART) not in sys.path:
+        sys.path.append(str(APART))
+    # Where JAX runs already, as in a test, what matters is what it has.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", max(1, devices))
+    if len(jax.devices("cpu")) < devices:
+        raise HypenetError(f"this process has {len(jax.devices('cpu'))} CPU devices and {devices} are asked for")
+
+
+def open_devices(machine: Machine) -> list[Any]:
+    """The machine's devices to compile for; see `use_cpu`, which has to be called first.
+
+    Raises:
+      HypenetError: the compiler for that machine is not installed.
+    """
+    if machine.platform == "cpu":
+        return list(jax.devices("cpu")[: machine.chips])
+    package = "libtpu" if machine.platform == "tpu" else "jax_cuda13_plugin"
+    if importlib.util.find_spec(package) is None and not (APART / package).is_dir():
+        kind = "TPU" if machine.platform == "tpu" else "CUDA"
+        raise HypenetError(
+            f"{machine.name} needs the {kind} compiler {package}, which is not installed; run `make aot`"
+        )
+    if machine.platform == "gpu":
+        raise HypenetError(
+            f"{machine.name} cannot be planned: only one GPU can be compiled for unseen; run `hypenet scaling` there"
+        )
+    with _quiet():
+        return open_topology(machine.topology)
+
+
+class _quiet:
+    """libtpu looks for the metadata service of a TPU host and complains on the terminal that there is none."""
+
+    def __enter__(self) -> None:
+        sys.stderr.flush()
+        self._kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 2)
+        os.close(sink)
+
+    def __exit__(self, *_exception: object) -> None:
+        os.dup2(self._kept, 2)
+        os.close(self._kept)

@@ -1,0 +1,206 @@
+"""`hypenet scaling`: steps of a stage, run on several meshes of the devices that are here, and what each gains."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.halo.settings import ConvertConfig
+from hypenet_jax.halo.workdir import write_json
+from hypenet_jax.hub.published import config_of
+from hypenet_jax.model import ModelConfig
+from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
+from hypenet_jax.parallel.rules import batch_sharding
+from hypenet_jax.plan.planning import parsed_mesh, written
+from hypenet_jax.plan.stages import Work, work_of
+from hypenet_jax.plan.table import aligned
+from hypenet_jax.plan.trace import busy_seconds
+
+WARM_UP = 2
+TRACED = 3
+COLUMNS = ("mesh", "devices", "rows", "ms/step", "tokens/s", "efficiency", "compute ms", "collectives ms", "input ms")
+
+
+def scaling(
+    config: ConvertConfig,
+    meshes: Sequence[str],
+    steps: int,
+    *,
+    stage: str = "distill",
+    weak: bool = False,
+    json_file: str | None = None,
+    directory: str | None = None,
+    say: Callable[[str], Any] = print,
+) -> list[dict[str, Any]]:
+    """Run, print as it goes, and return one record a mesh.
+
+    Weights and tokens are random: they cost what real ones cost. The step is the one that training runs. Every number
+    is measured: a step is the median over `steps` with a batch that lies on the devices, `input` is what the median
+    grows by when each step waits for a new batch from the host, compute and collectives are of a profiler's trace
+    (`trace.busy_seconds`). Efficiency is throughput a device, relative to the mesh of the fewest devices.
+
+    Args:
+      meshes: "fsdp=2,tensor=2", each on as many of the devices as it takes.
+      weak: the config's batch is that of the smallest mesh and grows with the devices, instead of being the same.
+
+    Raises:
+      HypenetError: a mesh of more devices than there are, or a batch that does not divide over one.
+    """
+    if steps < 1:
+        raise HypenetError(f"steps is {steps}; it must be at least 1")
+    teacher = config_of(config.teacher)
+    wanted = [_sized(parsed_mesh(text)) for text in meshes]
+    sizes = [math.prod(axes.values()) for axes in wanted]
+    _enough_devices(max(sizes))
+    check_compute_dtype(config.dtype)
+    smallest = min(sizes)
+    records: list[dict[str, Any]] = []
+    for axes, size in zip(wanted, sizes, strict=True):
+        changed = _grown(config, stage, size, smallest) if weak else config
+        mesh = make_mesh(axes, jax.devices()[:size])
+        records.append(_measure(changed, teacher, stage, mesh, axes, steps))
+        say(f"{written(axes)}: {records[-1]['tokens_per_second']:,.0f} tokens/s")
+    base = next(record for record in records if record["devices"] == smallest)
+    for record in records:
+        each = record["tokens_per_second"] / record["devices"]
+        record["efficiency"] = each / (base["tokens_per_second"] / base["devices"])
+    table = [list(COLUMNS), *(_cells(record) for record in records)]
+    say(f"{stage}, {'weak' if weak else 'strong'} scaling, {jax.devices()[0].device_kind}\n{aligned(table)}")
+    if json_file:
+        write_json(pathlib.Path(json_file), records)
+    if directory:
+        from hypenet_jax.plan.plot import write_scaling
+
+        say(f"the table and the plot are in {write_scaling(records, table, pathlib.Path(directory))}")
+    return records
+
+
+def _measure(
+    config: ConvertConfig, teacher: ModelConfig, stage: str, mesh: Mesh, axes: dict[str, int], steps: int
+) -> dict[str, Any]:
+    work = work_of(stage, config, teacher, mesh)
+    state, frozen = (random_arrays(tree, seed) for seed, tree in enumerate(work.arguments[:2]))
+    batches = _batches(work, teacher.vocab_size)
+    batch = _placed(next(batches), mesh)
+    with jax.set_mesh(mesh):
+        for _ in range(WARM_UP):
+            state, metrics = work.step(state, frozen, batch)
+            jax.block_until_ready(metrics)
+        in_place: list[float] = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            state, metrics = work.step(state, frozen, batch)
+            jax.block_until_ready(metrics)
+            in_place.append(time.perf_counter() - start)
+        fed: list[float] = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            state, metrics = work.step(state, frozen, _placed(next(batches), mesh))
+            jax.block_until_ready(metrics)
+            fed.append(time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as traces:
+            with jax.profiler.trace(traces):
+                for _ in range(TRACED):
+                    state, metrics = work.step(state, frozen, batch)
+                    jax.block_until_ready(metrics)
+            compute, collective = busy_seconds(traces, mesh.size)
+    seconds, waiting = statistics.median(in_place), statistics.median(fed)
+    return {
+        "stage": stage,
+        "mesh": axes,
+        "devices": mesh.size,
+        "device": jax.devices()[0].device_kind,
+        "rows": getattr(config, stage).batch_size,
+        "step_seconds": seconds,
+        "tokens_per_second": work.tokens / waiting,
+        "compute_seconds": compute / TRACED,
+        "collective_seconds": collective / TRACED,
+        "input_seconds": max(0.0, waiting - seconds),
+    }
+
+
+def random_arrays(tree: Any, seed: int) -> Any:
+    """Arrays for abstract ones, made where they are to lie: noise for matrices, ones for vectors, zero counts.
+
+    Moments are noise too; none is negative, as second moments are not.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        made = []
+        for leaf, one in zip(leaves, jax.random.split(key, max(1, len(leaves))), strict=False):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                made.append(jnp.zeros(leaf.shape, leaf.dtype))
+            elif leaf.ndim < 2:
+                made.append(jnp.ones(leaf.shape, leaf.dtype))
+            else:
+                made.append(jnp.abs(0.02 * jax.random.normal(one, leaf.shape)).astype(leaf.dtype))
+        return made
+
+    made = jax.jit(draw, out_shardings=[leaf.sharding for leaf in leaves])(jax.random.key(seed))
+    return jax.tree.unflatten(structure, made)
+
+
+def _batches(work: Work, vocabulary: int):
+    """Endless batches of random tokens on the host, whole rows of one document."""
+    rng = np.random.default_rng(0)
+    shape = next(iter(work.parts["batch"].values())).shape
+    while True:
+        tokens, targets = rng.integers(0, vocabulary, (2, *shape), dtype=np.int32)
+        ids = np.zeros(shape, np.int32)
+        yield {"tokens": tokens, "targets": targets, "segment_ids": ids, "loss_mask": ids == 0}
+
+
+def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def _sized(axes: dict[str, int]) -> dict[str, int]:
+    for name, size in axes.items():
+        if size < 1:
+            raise HypenetError(f"mesh axis {name!r} has size {size}; a mesh of a list needs all its sizes")
+    return axes
+
+
+def _grown(config: ConvertConfig, stage: str, size: int, smallest: int) -> ConvertConfig:
+    settings = getattr(config, stage)
+    rows = settings.batch_size * size
+    if rows % smallest:
+        raise HypenetError(
+            f"{settings.batch_size} rows on {smallest} devices do not grow evenly to {size}; alter a mesh"
+        )
+    return dataclasses.replace(config, **{stage: dataclasses.replace(settings, batch_size=rows // smallest)})
+
+
+def _enough_devices(count: int) -> None:
+    # Counts where JAX has not started; a CPU is then as many devices as are asked for.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+    if len(jax.devices()) < count:
+        raise HypenetError(f"a mesh has {count} devices and there are {len(jax.devices())} here; leave it out")
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    names = ("compute_seconds", "collective_seconds", "input_seconds")
+    return [
+        written(record["mesh"]),
+        str(record["devices"]),
+        str(record["rows"]),
+        f"{record['step_seconds'] * 1e3:.1f}",
+        f"{record['tokens_per_second']:,.0f}",
+        f"{record['efficiency']:.2f}",
+        *(f"{record[name] * 1e3:.1f}" for name in names),
+    ]

@@ -1,0 +1,150 @@
+"""What a stage runs, as a jitted function and its arguments without a single weight: shapes, types and shardings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.halo import select, transfer
+from hypenet_jax.halo.align import alignment_loss, mixers_of
+from hypenet_jax.halo.distill import distillation_loss
+from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.halo.settings import ConvertConfig
+from hypenet_jax.model import LanguageModel, ModelConfig
+from hypenet_jax.parallel.mesh import row_axes
+from hypenet_jax.parallel.rules import batch_sharding, param_shardings, partition_spec, replicated
+from hypenet_jax.plan.flops import cached_flops, training_flops
+from hypenet_jax.train.loop import check_rows
+from hypenet_jax.train.step import abstract_state, make_step
+
+TRAINING = ("align", "distill", "finetune")
+STAGES = (*TRAINING, "prefill", "decode")
+# Tokens of a prompt that one step reads, as `inference.prefill` does by default.
+PREFILL_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One compiled step's function and arguments, and what it does.
+
+    parts: name -> tree of abstract arrays that lie in memory while it runs. flops: of all devices together. tokens:
+    that a step works through. steps: of the whole stage (0: not a stage of training).
+    """
+
+    name: str
+    step: Any  # a jitted function
+    arguments: tuple[Any, ...]
+    parts: dict[str, Any]
+    flops: float
+    tokens: int
+    steps: int
+
+
+def models(config: ConvertConfig, teacher: ModelConfig) -> tuple[LanguageModel, LanguageModel]:
+    """(teacher, student) with the config's dtype; layers that are not chosen yet are taken evenly spaced."""
+    layers = config.student.attention_layers
+    if layers is None:
+        layers = tuple(select.choose({}, teacher.num_layers, "evenly", config.select.keep))
+    student = transfer.student_of(teacher, layers, config.student.position)
+    model = functools.partial(LanguageModel, dtype=config.dtype, remat=config.remat)
+    return model(teacher), model(student)
+
+
+def work_of(stage: str, config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> Work:
+    """What one step of a stage runs on a mesh, exactly as `hypenet convert` would.
+
+    Raises:
+      HypenetError: an unknown stage, or rows, positions, heads or widths that do not divide over the mesh.
+    """
+    if stage not in STAGES:
+        raise HypenetError(f"stage {stage!r} is unknown; the stages are {', '.join(STAGES)}")
+    if stage in TRAINING:
+        return _training(stage, config, teacher, mesh)
+    return _inference(stage, config, teacher, mesh)
+
+
+def _training(name: str, config: ConvertConfig, teacher_config: ModelConfig, mesh: Mesh) -> Work:
+    stage = getattr(config, name)
+    check_rows(stage, mesh)
+    teacher, student = models(config, teacher_config)
+    axes, shapes = student.param_axes(), student.param_shapes()
+    if name == "align":
+        student = models(_all_lightning(config), teacher_config)[1]
+        axes, shapes = (mixers_of(t, student.config.num_layers) for t in (student.param_axes(), student.param_shapes()))
+        loss = alignment_loss(teacher, student)
+    elif name == "distill":
+        loss = distillation_loss(teacher, student, stage.token_chunk)
+    else:
+        loss = next_token_loss(student, stage.token_chunk)
+    state = abstract_state(shapes, stage, param_shardings(axes, shapes, mesh), mesh)
+    frozen = None if name == "finetune" else _weights(teacher, mesh)
+    batch = _batch(stage.batch_size, stage.seq_len, mesh)
+    each = training_flops(name, teacher_config, student.config, stage.seq_len, config.remat)
+    parts = {"parameters": state["params"], "optimizer": state["opt_state"], "teacher": frozen, "batch": batch}
+    tokens = stage.tokens_per_step
+    step = make_step(loss, stage, state, mesh)
+    return Work(name, step, (state, frozen, batch), parts, each * tokens, tokens, stage.steps)
+
+
+def _inference(name: str, config: ConvertConfig, teacher_config: ModelConfig, mesh: Mesh) -> Work:
+    """A step onto a cache as long as the longest needle test, one row for each group of devices that shares rows."""
+    _, student = models(config, teacher_config)
+    student = student.with_logits_scaling(500.0)
+    rows = math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+    length = max((*config.evaluate.lengths, config.finetune.seq_len))
+    width = min(PREFILL_CHUNK, length) if name == "prefill" else 1
+    weights = _weights(student, mesh)
+    cache = _cache(student, rows, length, mesh)
+    tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=batch_sharding(mesh) if width > 1 else None)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, cache)
+
+    def step(params, tokens_BT, cache):
+        hidden_BTD, cache = student.step(params, tokens_BT, cache)
+        return jnp.argmax(student.project(params, hidden_BTD[:, -1]), axis=-1), cache
+
+    jitted = jax.jit(step, donate_argnums=2, out_shardings=(replicated(mesh), shardings))
+    flops = cached_flops(student.config, width, length - width) * rows * width
+    parts = {"parameters": weights, "cache": cache}
+    return Work(name, jitted, (weights, tokens, cache), parts, flops, rows * width, 0)
+
+
+def _all_lightning(config: ConvertConfig) -> ConvertConfig:
+    return dataclasses.replace(config, student=dataclasses.replace(config.student, attention_layers=()))
+
+
+def _weights(model: LanguageModel, mesh: Mesh) -> Any:
+    """Frozen weights in the compute dtype, divided as the rules say."""
+    shapes = model.param_shapes()
+    shardings = param_shardings(model.param_axes(), shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s), shapes, shardings)
+
+
+def _batch(rows: int, length: int, mesh: Mesh) -> dict[str, Any]:
+    """The arrays of `data.batches`."""
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=sharding) for name, kind in types.items()}
+
+
+def _cache(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
+    """A cache: rows over the axes of rows, slots over seq, heads over tensor where they divide."""
+    shapes = jax.eval_shape(lambda: model.init_cache(rows, length))
+    axes = {"length": ("batch",), "k": ("batch", "length", "act_kv_heads", None), "state": ("batch", "act_heads")}
+    axes["v"] = axes["k"]
+
+    def place(path: Any, leaf: Any) -> Any:
+        names = axes[jax.tree_util.keystr(path[-1:], simple=True)]
+        names = names + (None,) * (len(leaf.shape) - len(names))
+        spec = partition_spec(
+            [n if n != "act_kv_heads" or leaf.shape[2] % mesh.shape["tensor"] == 0 else None for n in names], mesh
+        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)

@@ -1,0 +1,144 @@
+"""`hypenet plan` for this host's devices, its mistakes in one sentence, and what it says when a step does not fit."""
+
+import json
+
+import jax
+import pytest
+
+from hypenet_jax.cli import main
+from hypenet_jax.config import load_config
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.hub.published import config_of
+from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.plan import machines, planning, remedies
+from hypenet_jax.plan.compile import Compiled, _too_large, compile_work
+from hypenet_jax.plan.machines import machine
+from hypenet_jax.plan.stages import work_of
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.teacher = "{teacher}"
+    config.data = dict(sources=("stdlib",))
+    config.dtype = "float32"
+    config.student = dict(attention_layers=(0,))
+    stage = dict(steps=10, batch_size=16, seq_len=32, peak_lr=1e-3, end_lr=1e-5, warmup_steps=2)
+    config.align = dict(**stage)
+    config.distill = dict(**stage)
+    config.finetune = dict(**stage)
+    config.evaluate = dict(lengths=(64,))
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(byte_teacher, tmp_path_factory):
+    """A config whose teacher is a directory with a config.json and no weights."""
+    directory = tmp_path_factory.mktemp("plan")
+    (directory / "teacher").mkdir()
+    (directory / "teacher/config.json").write_text((byte_teacher / "config.json").read_text())
+    (directory / "config.py").write_text(CONFIG.format(teacher=directory / "teacher"))
+    return directory / "config.py"
+
+
+def test_plan_of_this_hosts_devices(config_file, tmp_path, capsys):
+    words = ["plan", "--config", str(config_file), "--topology", "cpu8", "--stages", "distill", "decode"]
+    words += ["--mesh", "fsdp=8", "--mesh", "fsdp=4,tensor=2", "--json", str(tmp_path / "plan.json")]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "mesh fsdp=4,tensor=2" in said and "all-gather over fsdp" in said and "compile s" in said
+    records = json.loads((tmp_path / "plan.json").read_text())
+    assert [(r["stage"], r["mesh"].get("tensor", 1)) for r in records] == [
+        ("distill", 1), ("decode", 1), ("distill", 2), ("decode", 2),
+    ]  # fmt: skip
+    page = (tmp_path / "plan.html").read_text()
+    assert page.count("<svg") == 1 and page.count("<tr>") == 5  # no times without a CPU's rates
+    distill = records[0]
+    assert distill["fits"] and distill["tokens_per_step"] == 512 and distill["flops"] > 0
+    # Parameters are float32, moments twice that; the teacher as many bytes but for the student's gates and norms.
+    parts = distill["parts_bytes"]
+    assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=1e-2)
+    assert 0.5 < parts["teacher"] / parts["parameters"] < 1
+
+
+def test_weights_travel_one_by_one_and_gradients_return_divided(config_file):
+    config, axes = load_config(config_file), {"fsdp": 8}
+    mesh = make_mesh(axes)
+    work = work_of("finetune", config, config_of(config.teacher), mesh)
+    compiled = compile_work(work, mesh)
+    parameters = jax.tree.leaves(work.parts["parameters"])
+    whole = 4 * sum(leaf.size for leaf in parameters)
+    gathers = [c for c in compiled.collectives if c.kind == "all-gather"]
+    largest = 4 * max(leaf.size for leaf in parameters)
+    assert max(c.size for c in gathers) <= largest < whole / 2
+    matrices = [leaf for name in ("layer_0", "layer_1") for leaf in jax.tree.leaves(work.parts["parameters"][name])]
+    once = 4 * sum(leaf.size for leaf in matrices if leaf.ndim > 1 and leaf.sharding.spec and any(leaf.sharding.spec))
+    # Forward, and again for the second forward pass of `remat`.
+    assert sum(c.size * c.count for c in gathers) >= 1.8 * once
+    assert all(c.axes == ("fsdp",) for c in compiled.collectives)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--topology", "v9-3"], "topology 'v9-3' is no machine we know; give one like cpu8"),
+        (["--topology", "v5p-3"], "topology 'v5p-3' is no machine"),
+        (["--topology", "cpu8", "--mesh", "fsdp=3"], "fsdp=3 x seq=1 x tensor=1 does not multiply to the 8 devices"),
+        (["--topology", "cpu8", "--mesh", "fsdp"], "mesh 'fsdp' is not of the form axis=size"),
+        (["--topology", "cpu8", "--mesh", "data=1,fsdp=8", "--set", "distill.batch_size=12"], "do not divide over"),
+        (["--topology", "cpu8", "--set", "teacher=nowhere"], "no model at nowhere.*qwen3-1.7b.*config.json"),
+    ],
+)
+def test_mistakes_are_one_sentence(config_file, capsys, words, sentence):
+    assert main(["plan", "--config", str(config_file), "--stages", "distill", *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    with pytest.raises(HypenetError, match=sentence):
+        raise HypenetError(said[0])
+
+
+def test_a_missing_compiler_has_its_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(machines, "APART", tmp_path)
+    monkeypatch.setattr(machines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(HypenetError, match="v5e-16 needs the TPU compiler libtpu.*make aot"):
+        machines.open_devices(machine("v5e-16"))
+
+
+def test_a_config_for_training_from_scratch_is_refused(capsys):
+    assert main(["plan", "--config", "configs/demo_teacher.py", "--topology", "cpu8"]) == 2
+    assert "needs one for converting a teacher" in capsys.readouterr().err
+
+
+def test_what_the_compiler_says_of_too_large_a_program():
+    said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    assert _too_large(said + "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 7.0) == 4.75 * 2**30
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    assert _too_large(said + "(46.01G) exceeds available HBM (15.75G).", 7.0) == pytest.approx(30.26 * 2**30 + 7)
+    assert _too_large("INTERNAL: something else", 7.0) is None
+    with pytest.raises(HypenetError, match="not by how much"):
+        _too_large("RESOURCE_EXHAUSTED: full", 7.0)
+
+
+def test_the_remedy_is_one_that_compiles(config_file):
+    config, axes, tried = load_config(config_file), {"data": 2, "fsdp": 4}, []
+
+    def compile_with(changed, mesh_axes):
+        tried.append((changed.finetune.gradient_accumulation, mesh_axes))
+        return Compiled({}, short=0.0 if mesh_axes["fsdp"] == 8 else 1.0)
+
+    said = []
+    found = remedies.remedy("finetune", config, axes, compile_with, said.append)
+    assert found.startswith("--set mesh.data=1 --set mesh.fsdp=8 fits")
+    # 16 rows over 8 devices: two microbatches at most.
+    assert tried == [(2, axes), (1, {"data": 1, "fsdp": 8})] and len(said) == 1
+    nothing = remedies.remedy("finetune", config, axes, lambda *_: Compiled({}, short=2.0), said.append)
+    assert "none suffices" in nothing and "larger chips" in nothing
+
+
+def test_a_mesh_is_the_configs_where_it_fits_the_machine(config_file):
+    config = load_config(config_file, ["mesh.fsdp=16"])
+    assert planning._default_mesh(config, machine("v5e-16")) == {"fsdp": 16}
+    assert planning._default_mesh(config, machine("v5e-256")) == {"fsdp": 32, "tensor": 8}
+    assert planning._default_mesh(config, machine("v5e-8")) == {"fsdp": 8}

@@ -1,0 +1,137 @@
+"""The real TPU compiler on a 4-layer HypeNet: collectives by kind and bytes, and memory within a bound."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import hypenet_jax as hn
+from hypenet_jax.config import load_config
+from hypenet_jax.hub.config_json import common_values
+from hypenet_jax.hub.published import config_of
+from hypenet_jax.plan.machines import APART
+from hypenet_jax.plan.stages import models
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = """
+import ml_collections
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.teacher = "{teacher}"
+    config.data = dict(sources=("stdlib",))
+    config.student = dict(attention_layers=(2,))
+    stage = dict(steps=100, batch_size=32, seq_len=2048, peak_lr=1e-3, end_lr=1e-5, warmup_steps=2)
+    config.align, config.distill, config.finetune = (dict(**stage) for _ in range(3))
+    config.evaluate = dict(lengths=(64,))
+    return config
+"""
+V, D, F = 32768, 512, 1024
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None and not (APART / "libtpu").is_dir(),
+    reason="libtpu is not installed (make aot)",
+)
+
+
+def run(*words):
+    """`hypenet plan` in a process of its own: this one is a CPU with eight devices and has flags of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hypenet_jax.cli", "plan", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tpu")
+    config = hn.ModelConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=128,
+        mixers=("attention",) * 4, eos_ids=(0,), pad_id=0, tie_embeddings=False,
+    )  # fmt: skip
+    values = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **common_values(config)}
+    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "config.py").write_text(CONFIG.format(teacher=directory))
+    return directory / "config.py"
+
+
+def layer_matrices(model):
+    """Entries of each matrix of the layers; norms, even those of all heads, are small."""
+    shapes = model.param_shapes()
+    leaves = [leaf for layer in range(4) for leaf in jax.tree.leaves(shapes[f"layer_{layer}"])]
+    return [leaf.size for leaf in leaves if leaf.size > 10_000]
+
+
+def test_four_layers_of_distillation_on_v5e_16(config_file, tmp_path):
+    file = tmp_path / "plan.json"
+    done = run("--config", str(config_file), "--topology", "v5e-16", "--stages", "distill", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    [record] = json.loads(file.read_text())
+    assert record["fits"] and record["memory_bytes"] == 15.75 * 2**30
+    config = load_config(config_file)
+    teacher, student = models(config, config_of(config.teacher))
+
+    # Every array of 16 devices is on one of them once: float32 masters and two moments, a bfloat16 teacher.
+    trees = {"teacher": teacher.param_shapes(), "student": student.param_shapes()}
+    entries = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
+    assert record["parts_bytes"]["parameters"] == pytest.approx(4 * entries["student"] / 16, rel=0.01)
+    assert record["parts_bytes"]["optimizer"] == pytest.approx(8 * entries["student"] / 16, rel=0.01)
+    assert record["parts_bytes"]["teacher"] == pytest.approx(2 * entries["teacher"] / 16, rel=0.01)
+
+    # Matrices of the layers travel in bfloat16, one by one: the teacher's once, the student's for both forward passes.
+    matrices = {"teacher": layer_matrices(teacher), "student": layer_matrices(student)}
+    sent = {}
+    for one in record["collectives"]:
+        assert one["axes"] == ["fsdp"]
+        if one["size"] < 2 * V * D:
+            sent[one["kind"]] = sent.get(one["kind"], 0) + one["size"] * one["count"]
+    travelling = 2 * (sum(matrices["teacher"]) + 2 * sum(matrices["student"]))
+    assert sent["all-gather"] == pytest.approx(travelling, rel=0.02)
+    # Their gradients go back as rings of parts, 17 hops for the 15 that a reduce-scatter takes.
+    assert sent["collective-permute"] == pytest.approx(2 * sum(matrices["student"]), rel=0.2)
+    # Larger than a matrix are the two heads' gathers and the sum of the trained head's gradient: of a head's size.
+    large = [one for one in record["collectives"] if one["size"] >= 2 * V * D]
+    assert {one["kind"] for one in large} == {"all-gather", "all-reduce"}
+    for one in large:
+        assert one["size"] / (V * D) == pytest.approx(2 if one["size"] < 3 * V * D else 4, rel=1e-3), one
+    assert sum(one["count"] for one in large) <= 3
+
+    # No [B, T, V], not even of a device's two rows: the largest is the gradient of 2048 tokens' logits.
+    assert max(record["largest"].values()) == 2048 * V * 2 < 2 * 2048 * V * 2
+    # Two heads (the trained one in both types), the gradient of one and its sum, the logits of 512 tokens of both
+    # models, that buffer, and 96 MiB for all else.
+    known = (4 + 2 + 2 + 4 + 4) * V * D + 2 * 512 * V * 4 + 2048 * V * 2
+    assert record["temporary_bytes"] < known + 96 * 2**20
+    assert record["tokens_per_second"][0] > 0 and record["chip_hours"][0] > 0
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(config_file):
+    words = ["--set", "finetune.seq_len=65536", "--set", "finetune.batch_size=64", "--set", "remat=False"]
+    done = run("--config", str(config_file), "--topology", "v5e-4", "--stages", "finetune", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "does not fit, by" in done.stdout and "of 15.75 GiB" in done.stdout
+    assert "what to change: --set " in done.stdout and "compiled)" in done.stdout
+
+
+LAY_OUT = """
+from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.presets import PRESETS
+from hypenet_jax.plan.machines import machine, open_devices, use_cpu
+use_cpu(1)
+for name, axes in {**PRESETS, "v5p-128": {"fsdp": 2, "seq": 32}}.items():
+    if machine(name).platform == "tpu":
+        mesh = make_mesh(axes, open_devices(machine(name)))
+        print(name, len(set(mesh.devices.flat)))
+"""
+
+
+def test_every_presets_mesh_lies_on_its_machine():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LAY_OUT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert found["v5e-256"] == "256" and found["v5p-8"] == "4" and found["v5p-128"] == "64" and len(found) > 8
