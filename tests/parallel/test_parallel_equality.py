@@ -32,6 +32,9 @@ CASES = [
     ("distill", {"data": 2, "fsdp": 4}),
     ("distill", {"tensor": 8}),
     ("distill", {"dcn": 2, "fsdp": 2, "tensor": 2}),
+    ("finetune", {"seq": 8}),
+    ("align", {"data": 2, "seq": 4}),
+    ("distill", {"fsdp": 2, "seq": 2, "tensor": 2}),
 ]
 
 
@@ -122,15 +125,13 @@ def test_each_device_calls_the_kernels_with_its_own_rows_and_heads(monkeypatch):
     assert seen == wanted | {"linear_kl": (16, 16)}
 
 
-def test_without_a_mesh_or_with_divided_positions_the_kernel_is_called_as_it_is():
+def test_without_a_mesh_the_kernel_is_called_as_it_is():
     q = jnp.ones((2, 4, 8, 4))
 
     def call(q):
         return sharded_kernels.lightning_attention(q, q, q, lightning.slopes(8))[0]
 
     assert "shard_map" not in str(jax.make_jaxpr(call)(q))
-    with jax.set_mesh(make_mesh({"data": 2, "seq": 4})):
-        assert "shard_map" not in str(jax.make_jaxpr(call)(q))
     with jax.set_mesh(make_mesh({"data": 2, "tensor": 4})):
         assert "shard_map" in str(jax.make_jaxpr(call)(q))
         with pytest.raises(hn.HypenetError, match="6 heads.*tensor=4"):
