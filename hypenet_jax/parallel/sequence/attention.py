@@ -52,7 +52,12 @@ def attention(
 
     Returns:
       o_BTHD of this shard's tokens, in v's dtype.
+
+    Raises:
+      ValueError: an unknown exchange.
     """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange is {exchange!r} but must be one of {', '.join(EXCHANGES)}")
     if exchange == "auto":
         exchange = chosen(k_BSKD, v_BSKD, jax.lax.axis_size(axis_name))
     call = Call(exchange, axis_name, q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale))
