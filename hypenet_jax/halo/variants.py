@@ -34,7 +34,8 @@ def variant_hidden(teacher: LanguageModel, student: LanguageModel) -> Callable:
                 normed_BTD,
             )
 
-        return stack.forward(params, teacher.config, tokens_BT, segment_ids_BT, dtype=jnp.dtype(teacher.dtype), mix=mix)
+        options = {"dtype": jnp.dtype(teacher.dtype), "exchange": teacher.exchange}
+        return stack.forward(params, teacher.config, tokens_BT, segment_ids_BT, mix=mix, **options)
 
     return hidden
 

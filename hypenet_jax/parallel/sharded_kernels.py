@@ -17,10 +17,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.activations import divided_mesh, dividing_axes
 from hypenet_jax.parallel.sequence import attention as sequence_attention
 from hypenet_jax.parallel.sequence import lightning as sequence_lightning
 from hypenet_jax.parallel.sequence import order
-from hypenet_jax.parallel.activations import divided_mesh, dividing_axes
 from kernels_pallas import attention as attention_kernels
 from kernels_pallas import cross_entropy as losses
 from kernels_pallas import lightning as lightning_kernels

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hypenet_jax as hn
+from hypenet_jax.evals.token_nll import token_nll
 from hypenet_jax.halo.align import alignment_loss, mixers_of
 from hypenet_jax.halo.distill import distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.halo.fit_scale import fit_scale
 from hypenet_jax.model.config import LightningConfig
 from hypenet_jax.parallel import activations, sharded_kernels
 from hypenet_jax.parallel.mesh import make_mesh
@@ -120,7 +122,27 @@ def test_on_any_mesh_too(name, axes, microbatches, remat, exchange):
     check(name, axes, microbatches, remat=remat, exchange=exchange)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}], ids=names)
+@pytest.mark.parametrize("axes", [{"data": 2, "seq": 2, "tensor": 2}, {"seq": 8}], ids=names)
+def test_the_loss_of_every_token_and_the_fitted_scale_are_those_of_one_device(axes):
+    """Of 21 tokens, which no number of devices divides."""
+    windows = np.random.default_rng(7).integers(0, 64, (3, 22)).astype(np.int32)
+    ids = np.repeat([[0] * 8 + [1] * 13], 3, axis=0).astype(np.int32)
+    params, mesh = draw(STUDENT, 2), make_mesh(axes)
+
+    def measured(params):
+        fitted = fit_scale(STUDENT, params, windows, [20.0, 50.0, 100.0], batch_size=2)
+        return token_nll(STUDENT, params, windows[:, :-1], windows[:, 1:], ids, token_chunk=12), fitted
+
+    (nll, right), fitted = measured(params)
+    params = jax.device_put(params, param_shardings(STUDENT.param_axes(), params, mesh))
+    with jax.set_mesh(mesh):
+        (got, got_right), got_fitted = measured(params)
+    np.testing.assert_allclose(got, nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got_right, right)
+    np.testing.assert_allclose(got_fitted["loss"], fitted["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}, {"seq": 4, "tensor": 2}], ids=names)
 def test_generation_gives_the_tokens_of_one_device(axes):
     prompts, mesh, params = [[3, 9, 4, 4], [7], [1, 2]], make_mesh(axes), draw(STUDENT, 2)
     wanted = hn.generate(STUDENT, params, prompts, max_new_tokens=6, stop_ids=[])
