@@ -34,8 +34,15 @@ def variant_hidden(teacher: LanguageModel, student: LanguageModel) -> Callable:
                 normed_BTD,
             )
 
-        options = {"dtype": jnp.dtype(teacher.dtype), "exchange": teacher.exchange}
-        return stack.forward(params, teacher.config, tokens_BT, segment_ids_BT, mix=mix, **options)
+        return stack.forward(
+            params,
+            teacher.config,
+            tokens_BT,
+            segment_ids_BT,
+            dtype=jnp.dtype(teacher.dtype),
+            mix=mix,
+            exchange=teacher.exchange,
+        )
 
     return hidden
 

@@ -53,8 +53,15 @@ class LanguageModel:
 
     def hidden(self, params: dict, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in the compute dtype."""
-        options = {"dtype": jnp.dtype(self.dtype), "remat": self.remat, "exchange": self.exchange}
-        return stack.forward(params, self.config, tokens_BT, segment_ids, **options)
+        return stack.forward(
+            params,
+            self.config,
+            tokens_BT,
+            segment_ids,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
+            exchange=self.exchange,
+        )
 
     def head(self, params: dict) -> jax.Array:
         """The output projection [D, V]."""

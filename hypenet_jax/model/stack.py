@@ -88,8 +88,8 @@ def forward(
     else:
         context = context._replace(query_scale_BT=query_scaling(config.logits_scaling, context.positions_BT))
     if shards > 1:
-        tokens_BT, *told = to_zigzag((tokens_BT, *context[:3]))
-        context = Context(*told, exchange=exchange)
+        tokens_BT, positions, ids, scale = to_zigzag((tokens_BT, *context[:3]))
+        context = Context(positions, ids, scale, exchange)
     mix = mix or own_mixers(params, config)
     x_BTD = _residual(jnp.asarray(params["embedding"])[tokens_BT].astype(dtype))
     for layer in range(config.num_layers):

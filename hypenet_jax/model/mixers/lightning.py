@@ -86,6 +86,7 @@ def _scan(q_BTHK, k_BTHK, v_BTHV, lightning: LightningConfig, context: Context, 
     decay_slopes, scale = kernel.slopes(lightning.num_heads), lightning.query_scale
     segment_ids_BT = context.segment_ids_BT
     if state is not None and q_BTHK.shape[1] == 1:
+        assert segment_ids_BT is not None
         valid_B = segment_ids_BT[:, 0] >= 0
         o_BHV, state = kernel.lightning_decode_step(
             q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], decay_slopes, state, scale=scale, valid_B=valid_B

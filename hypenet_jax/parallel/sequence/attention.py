@@ -96,13 +96,13 @@ _attention.defvjp(_forward, _backward)
 
 
 def _gather(call: Call, q, k, v, ids, factor):
-    keys, masks = _gathered(call, k, v, ids, factor)
-    return attend_block(q, *keys, _own_places(call, q)[None], dtype=v.dtype, **masks)
+    all_k, all_v, masks = _gathered(call, k, v, ids, factor)
+    return attend_block(q, all_k, all_v, _own_places(call, q)[None], dtype=v.dtype, **masks)
 
 
 def _gather_gradients(call: Call, q, k, v, ids, factor, do, log_sum, inner):
-    keys, masks = _gathered(call, k, v, ids, factor)
-    dq, *dkv = block_gradients(q, *keys, do, log_sum, inner, _own_places(call, q)[None], **masks)
+    all_k, all_v, masks = _gathered(call, k, v, ids, factor)
+    dq, *dkv = block_gradients(q, all_k, all_v, do, log_sum, inner, _own_places(call, q)[None], **masks)
     shards = jax.lax.axis_size(call.axis_name)
 
     def home(d_BSKD):
@@ -124,7 +124,7 @@ def _gathered(call: Call, k, v, ids, factor):
         return jnp.moveaxis(blocks, 0, 1).reshape(x_bT.shape[0], -1, *x_bT.shape[2:])
 
     key_ids = None if ids is None else whole(ids)
-    return (whole(k), whole(v)), _masks(call, ids, key_ids, factor)
+    return whole(k), whole(v), _masks(call, ids, key_ids, factor)
 
 
 def _ring(call: Call, q, k, v, ids, factor):
@@ -135,7 +135,7 @@ def _ring(call: Call, q, k, v, ids, factor):
         last = _last_seen(own, _source(call, step), shards)[None]
         masks = _masks(call, ids, key_ids, factor)
         o, log_sum = attend_block(q, k, v, last, dtype=jnp.float32, **masks)
-        return _merged(*sums, _by_lanes(o), _by_lanes(log_sum))
+        return _merged(sums, (_by_lanes(o), _by_lanes(log_sum)))
 
     def body(step, carry):
         keys, sums = carry
@@ -169,8 +169,9 @@ def _ring_gradients(call: Call, q, k, v, ids, factor, do, log_sum, inner):
     return dq, *dkv
 
 
-def _merged(o_a, log_sum_a, o_b, log_sum_b):
+def _merged(sums, part):
     """The attention to both parts' keys; all arrays by lanes."""
+    (o_a, log_sum_a), (o_b, log_sum_b) = sums, part
     log_sum = jnp.logaddexp(log_sum_a, log_sum_b)
     share_a, share_b = (jnp.exp(x - log_sum)[..., None] for x in (log_sum_a, log_sum_b))
     return share_a * o_a + share_b * o_b, log_sum

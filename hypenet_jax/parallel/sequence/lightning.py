@@ -28,7 +28,7 @@ class Summary(NamedTuple):
     first: jax.Array
     last: jax.Array
     one: jax.Array
-    count: jax.Array
+    tokens: jax.Array
 
 
 def lightning_attention(
@@ -96,15 +96,15 @@ def _weights(blocks: Summary, slopes_H: jax.Array) -> jax.Array:
 
     Sources: the initial state, then what each half-block leaves behind. Targets: the half-blocks, then the end.
     """
-    index = jnp.arange(blocks.count.shape[0])
-    empty = blocks.count == 0
+    index = jnp.arange(blocks.tokens.shape[0])
+    empty = blocks.tokens == 0
     before = jnp.where((index[:, None] > index)[..., None] & ~empty, index[:, None], -1)
     before_Mb = jnp.max(before, axis=1)  # the nearest half-block before with a real token, -1 for none
     previous_Mb = jnp.take_along_axis(blocks.last, jnp.maximum(before_Mb, 0), axis=0)
     # The state that comes is of this half-block's first document; padding lets everything through.
     joins_Mb = empty | (before_Mb < 0) | (blocks.first == previous_Mb)
     breaks_Sb = jnp.pad(jnp.cumsum(~(joins_Mb & blocks.one), axis=0, dtype=jnp.int32), ((1, 0), (0, 0)))
-    tokens_Sb = jnp.pad(jnp.cumsum(blocks.count, axis=0), ((1, 0), (0, 0)))
+    tokens_Sb = jnp.pad(jnp.cumsum(blocks.tokens, axis=0), ((1, 0), (0, 0)))
     place = jnp.arange(tokens_Sb.shape[0])
     kept = (place[:, None] <= place)[..., None] & (breaks_Sb[:, None] == breaks_Sb)
     kept &= jnp.pad(joins_Mb, ((0, 1), (0, 0)), constant_values=True)

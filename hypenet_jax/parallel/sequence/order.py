@@ -19,7 +19,8 @@ def to_zigzag(x_bT: jax.Array, axis_name: str) -> jax.Array:
 
 def to_natural(x_bT: jax.Array, axis_name: str) -> jax.Array:
     """The inverse of `to_zigzag`."""
-    even, odd = jnp.split(_in_turn(*jnp.split(x_bT, 2, axis=1), axis_name), 2, axis=1)
+    first, second = jnp.split(x_bT, 2, axis=1)
+    even, odd = jnp.split(_in_turn(first, second, axis_name), 2, axis=1)
     back = ([(there, here) for here, there in _moves(axis_name, odds)] for odds in (0, 1))
     return jnp.concatenate(
         [jax.lax.ppermute(x, axis_name, moves) for x, moves in zip((even, odd), back, strict=True)], 1
