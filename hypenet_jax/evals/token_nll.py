@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypenet_jax.parallel.activations import sequence_shards
+
 # (tokens_BT, targets_BT, segment_ids_BT) -> (nll_BT float32 in nats, argmax_ok_BT bool)
 TokenNll = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -39,25 +41,33 @@ def project_nll(
     segment_ids_BT: jax.Array | None = None,
     token_chunk: int = 2048,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_nll` from the hidden states after the final norm and the output matrix."""
+    """`token_nll` from the hidden states after the final norm and the output matrix.
+
+    Where devices split positions (P of them), each goes through its own in chunks.
+    """
     batch, length, _ = hidden_BTD.shape
-    head = head_DV.astype(hidden_BTD.dtype)
-    chunk = min(length, max(1, token_chunk // batch))
-    chunks = -(-length // chunk)
+    head, parts = head_DV.astype(hidden_BTD.dtype), sequence_shards()
+    part = -(-length // parts)
+    chunk = min(part, max(1, token_chunk // batch))
+    chunks = -(-part // chunk)
 
     def split(x):
-        padding = [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, padding).reshape(batch, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+        trailing = [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, [(0, 0), (0, parts * part - length), *trailing]).reshape(batch, parts, part, *x.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * chunk - part), *trailing])
+        return jnp.moveaxis(x.reshape(batch, parts, chunks, chunk, *x.shape[3:]), 2, 0)
+
+    def joined(x_NBPC):
+        return jnp.moveaxis(x_NBPC, 0, 2).reshape(batch, parts, -1)[:, :, :part].reshape(batch, -1)[:, :length]
 
     def one(inputs):
-        hidden_BCD, targets_BC = inputs
-        logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head, preferred_element_type=jnp.float32)
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
-        return nll_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        hidden_BPCD, targets_BPC = inputs
+        logits_BPCV = jnp.einsum("bpcd,dv->bpcv", hidden_BPCD, head, preferred_element_type=jnp.float32)
+        target_BPC = jnp.take_along_axis(logits_BPCV, targets_BPC[..., None], axis=-1)[..., 0]
+        nll_BPC = jax.nn.logsumexp(logits_BPCV, axis=-1) - target_BPC
+        return nll_BPC, jnp.argmax(logits_BPCV, axis=-1) == targets_BPC
 
-    nll_NBC, ok_NBC = jax.lax.map(one, (split(hidden_BTD), split(targets_BT)))
-    nll_BT, ok_BT = (x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length] for x in (nll_NBC, ok_NBC))
+    nll_BT, ok_BT = (joined(x) for x in jax.lax.map(one, (split(hidden_BTD), split(targets_BT))))
     if segment_ids_BT is None:
         return nll_BT, ok_BT
     return jnp.where(segment_ids_BT >= 0, nll_BT, 0.0), ok_BT & (segment_ids_BT >= 0)

@@ -22,8 +22,7 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
 
     def loss(mixer_params: dict, teacher_params: dict, batch: dict):
         teacher_params = jax.lax.stop_gradient(teacher_params)
-        weights_BT = (batch["segment_ids"] >= 0).astype(jnp.float32)
-        errors = []
+        errors, counts = [], []
 
         def mix(layer, normed_BTD, context):
             wanted = mixers.attention.forward(
@@ -31,7 +30,10 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
             )
             got = mixers.lightning.forward(mixer_params[f"layer_{layer}"], student.config, normed_BTD, context)
             squared_BT = jnp.mean(jnp.square((got - wanted).astype(jnp.float32)), axis=-1)
+            # The context's ids, because layers may see the tokens in another order than the batch's.
+            weights_BT = (context.segment_ids_BT >= 0).astype(jnp.float32)
             errors.append(jnp.sum(squared_BT * weights_BT))
+            counts.append(jnp.sum(weights_BT))
             return wanted
 
         stack.forward(
@@ -41,8 +43,9 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
             batch["segment_ids"],
             dtype=jnp.dtype(teacher.dtype),
             mix=mix,
+            exchange=teacher.exchange,
         )
-        count = jnp.maximum(jnp.sum(weights_BT), 1.0)
+        count = jnp.maximum(counts[0], 1.0)
         per_layer = jnp.stack(errors) / count
         metrics = {"count": count, "first_layer": per_layer[0], "last_layer": per_layer[last]}
         return jnp.mean(per_layer), metrics

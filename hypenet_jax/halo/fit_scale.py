@@ -26,7 +26,15 @@ def fit_scale(
 
     @jax.jit
     def total_nll(params, tokens_BT, targets_BT, ids_BT, a):
-        hidden = stack.forward(params, plain.config, tokens_BT, ids_BT, dtype=jnp.dtype(plain.dtype), hype_a=a)
+        hidden = stack.forward(
+            params,
+            plain.config,
+            tokens_BT,
+            ids_BT,
+            dtype=jnp.dtype(plain.dtype),
+            hype_a=a,
+            exchange=plain.exchange,
+        )
         nll_BT, _ = project_nll(hidden, plain.head(params), targets_BT, ids_BT)
         return jnp.sum(nll_BT, axis=1)
 

@@ -66,7 +66,7 @@ def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: Report
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
     teacher, params = hub.load(config.teacher)
-    teacher = dataclasses.replace(teacher, dtype=config.dtype, remat=config.remat)
+    teacher = dataclasses.replace(teacher, dtype=config.dtype, remat=config.remat, exchange=config.exchange)
     if teacher.tokenizer is None:
         raise HypenetError(f"the teacher {config.teacher} has no tokenizer.json; put one beside its weights")
     precheck.check_plan(config, teacher.config, mesh)

@@ -32,7 +32,7 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
     tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
-    model = LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, tokenizer)
+    model = LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, tokenizer, config.exchange)
     trained = model.with_logits_scaling(None)
     check_rows(config.train, mesh)
     path = claim(workdir, config)

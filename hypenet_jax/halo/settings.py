@@ -11,6 +11,7 @@ from typing import Any
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.model.config import POSITIONS
+from hypenet_jax.parallel.sequence.attention import EXCHANGES
 from hypenet_jax.train.stage import StageConfig
 
 SELECTION_METHODS = ("halo", "jet-nemotron", "kl-ls", "evenly", "latter-half", "none")
@@ -141,10 +142,12 @@ class ConvertConfig:
     seed: int = 0
     dtype: str = "bfloat16"
     remat: bool = True
+    exchange: str = "auto"  # where the mesh splits positions, how attention gets at other devices' keys
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("exchange", self.exchange, EXCHANGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +196,11 @@ class PretrainConfig:
     seed: int = 0
     dtype: str = "bfloat16"
     remat: bool = False
+    exchange: str = "auto"
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("exchange", self.exchange, EXCHANGES)
         if not 0 < self.start_share <= 1:
             raise HypenetError(f"start_share is {self.start_share}; it must be above 0 and at most 1")

@@ -34,7 +34,15 @@ def variant_hidden(teacher: LanguageModel, student: LanguageModel) -> Callable:
                 normed_BTD,
             )
 
-        return stack.forward(params, teacher.config, tokens_BT, segment_ids_BT, dtype=jnp.dtype(teacher.dtype), mix=mix)
+        return stack.forward(
+            params,
+            teacher.config,
+            tokens_BT,
+            segment_ids_BT,
+            dtype=jnp.dtype(teacher.dtype),
+            mix=mix,
+            exchange=teacher.exchange,
+        )
 
     return hidden
 

@@ -25,6 +25,7 @@ FREE = (
     "evaluate",
     "mesh",
     "remat",
+    "exchange",
     *(f"{stage}.{field}" for stage in ("align", "distill", "finetune", "train") for field in FREE_FIELDS),
 )
 

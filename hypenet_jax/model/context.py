@@ -14,11 +14,14 @@ class Context(NamedTuple):
     positions_BT: int32 [B or 1, T], counted from the start of each document (or of the cached sequence).
     segment_ids_BT: int32 [B, T] or None (one document a row); negative ids are padding.
     query_scale_BT: float32, in the shape of the positions: HyPE's s_t for attention queries, or None.
+    exchange: None: tokens lie in natural order. Else they lie in zigzag order over the mesh axis seq, and attention
+      gets at the other devices' keys by this exchange (`parallel.sequence.attention`).
     """
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array | None
     query_scale_BT: jax.Array | None = None
+    exchange: str | None = None
 
 
 def training_context(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None) -> Context:

@@ -23,13 +23,15 @@ class LanguageModel:
     """A network without its weights. Hashable, so that it can be a static argument of a jitted function.
 
     dtype is what activations and matrix products are computed in ("float32" or "bfloat16"); parameters keep the
-    dtype they have. `remat` trades a second forward pass for activation memory in training.
+    dtype they have. `remat` trades a second forward pass for activation memory in training. `exchange` is how attention
+    gets at keys that other devices hold where positions are split: "ring", "gather" or "auto" (`parallel.sequence`).
     """
 
     config: ModelConfig
     dtype: str = "float32"
     remat: bool = False
     tokenizer: Tokenizer | None = dataclasses.field(default=None, compare=False, repr=False)
+    exchange: str = "auto"
 
     def init(self, key: jax.Array) -> dict:
         """Random float32 parameters from a PRNG key."""
@@ -51,7 +53,15 @@ class LanguageModel:
 
     def hidden(self, params: dict, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in the compute dtype."""
-        return stack.forward(params, self.config, tokens_BT, segment_ids, dtype=jnp.dtype(self.dtype), remat=self.remat)
+        return stack.forward(
+            params,
+            self.config,
+            tokens_BT,
+            segment_ids,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
+            exchange=self.exchange,
+        )
 
     def head(self, params: dict) -> jax.Array:
         """The output projection [D, V]."""

@@ -13,7 +13,8 @@ from hypenet_jax.model.config import ModelConfig
 from hypenet_jax.model.context import Context, training_context
 from hypenet_jax.model.layers import hype_scaling, query_scaling, rms_norm, swiglu
 from hypenet_jax.model.parameters import Parameter, Table, ones
-from hypenet_jax.parallel.activations import constrain
+from hypenet_jax.parallel.activations import constrain, sequence_shards
+from hypenet_jax.parallel.sharded_kernels import to_natural, to_zigzag
 
 # mix(layer, normed_BTD, context) -> the mixer's output [B, T, D]
 Mix = Callable[[int, jax.Array, Context], jax.Array]
@@ -67,18 +68,28 @@ def forward(
     remat: bool = False,
     mix: Mix | None = None,
     hype_a: jax.Array | None = None,
+    exchange: str = "auto",
 ) -> jax.Array:
     """Hidden states after the final norm, [B, T, D] in `dtype`.
 
     `mix` replaces the layers' mixers: alignment watches them and selection swaps them through it. `remat` keeps only
     each layer's input for the backward pass. `hype_a` overrides the config's query scaling by s_t of that a, which
     may be traced (fitting tries many).
+
+    Under a mesh with seq > 1 the layers, and so `mix`, see rows filled up with padding to a multiple of 2 * seq tokens,
+    in zigzag order; what comes back is in the caller's order. `exchange` is attention's (`parallel.sequence`).
     """
+    length, shards = tokens_BT.shape[1], sequence_shards()
+    if shards > 1:
+        tokens_BT, segment_ids_BT = _filled_up(tokens_BT, segment_ids_BT, 2 * shards)
     context = training_context(tokens_BT, segment_ids_BT)
     if hype_a is not None:
         context = context._replace(query_scale_BT=hype_scaling(hype_a, context.positions_BT))
     else:
         context = context._replace(query_scale_BT=query_scaling(config.logits_scaling, context.positions_BT))
+    if shards > 1:
+        tokens_BT, positions, ids, scale = to_zigzag((tokens_BT, *context[:3]))
+        context = Context(positions, ids, scale, exchange)
     mix = mix or own_mixers(params, config)
     x_BTD = _residual(jnp.asarray(params["embedding"])[tokens_BT].astype(dtype))
     for layer in range(config.num_layers):
@@ -89,7 +100,8 @@ def forward(
             return _feed_forward(weights, config, x_BTD + mixed)
 
         x_BTD = jax.checkpoint(run)(x_BTD) if remat else run(x_BTD)
-    return rms_norm(x_BTD, params["final_norm"], config.norm_eps)
+    hidden_BTD = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
+    return to_natural(hidden_BTD)[:, :length] if shards > 1 else hidden_BTD
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> dict:
@@ -128,6 +140,16 @@ def step(
         x_BTD = _feed_forward(weights, config, x_BTD + mixed)
     hidden = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
     return hidden, {"length": cache["length"] + count_BT[:, -1], "layers": tuple(layers)}
+
+
+def _filled_up(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, multiple: int):
+    """Tokens and ids with padding at the end, so that `multiple` divides the length."""
+    missing = -tokens_BT.shape[1] % multiple
+    if not missing:
+        return tokens_BT, segment_ids_BT
+    ids = jnp.zeros(tokens_BT.shape, jnp.int32) if segment_ids_BT is None else segment_ids_BT
+    end = ((0, 0), (0, missing))
+    return jnp.pad(tokens_BT, end), jnp.pad(ids, end, constant_values=-1)
 
 
 def _feed_forward(weights: dict, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:

@@ -14,13 +14,16 @@ from hypenet_jax.parallel.rules import RULES
 
 
 def divided_mesh() -> AbstractMesh | None:
-    """The mesh in force, if arrays are divided over it: several devices, and not already within `shard_map`.
-
-    None too where positions are split (seq > 1), whose layouts are not decided here.
-    """
+    """The mesh in force, if arrays are divided over it: several devices, and not already within `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    return mesh if not mesh.empty and mesh.size > 1 and auto and mesh.shape.get("seq", 1) == 1 else None
+    return mesh if not mesh.empty and mesh.size > 1 and auto else None
+
+
+def sequence_shards() -> int:
+    """Over how many devices the mesh in force splits positions; 1 without a mesh."""
+    mesh = divided_mesh()
+    return 1 if mesh is None else mesh.shape.get("seq", 1)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The kernels under a mesh: each device calls them on its own rows and heads, which no partitioner could arrange.
 
-Rows lie over dcn, data and fsdp, heads and the loss's vocabulary over tensor. Without a mesh of several devices, within
-`shard_map` and where positions are split (seq > 1) these functions are the kernels themselves.
+Rows lie over dcn, data and fsdp, heads and the loss's vocabulary over tensor, positions over seq. Without a mesh of
+several devices and within `shard_map` these functions are the kernels themselves.
 """
 
 from __future__ import annotations
@@ -18,11 +18,31 @@ from jax.sharding import PartitionSpec as P
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.parallel.activations import divided_mesh, dividing_axes
+from hypenet_jax.parallel.sequence import attention as sequence_attention
+from hypenet_jax.parallel.sequence import lightning as sequence_lightning
+from hypenet_jax.parallel.sequence import order
 from kernels_pallas import attention as attention_kernels
 from kernels_pallas import cross_entropy as losses
 from kernels_pallas import lightning as lightning_kernels
 
-TENSOR = "tensor"
+TENSOR, SEQ = "tensor", "seq"
+
+
+def to_zigzag(arrays_BT: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arrays [B or 1,T,...] (or None), each device's part, from natural to zigzag order over seq; 2 * seq divides T."""
+    return tuple(None if x is None else _reordered(order.to_zigzag, x) for x in arrays_BT)
+
+
+def to_natural(x_BT: jax.Array) -> jax.Array:
+    """The inverse of `to_zigzag`, of one array."""
+    return _reordered(order.to_natural, x_BT)
+
+
+def _reordered(function: Callable, x_BT: jax.Array) -> jax.Array:
+    mesh = divided_mesh()
+    assert mesh is not None  # the caller has found that positions are split
+    spec = P(dividing_axes("batch", x_BT.shape[0], mesh) or None, SEQ)
+    return _on_each_device(lambda x: function(x, SEQ), mesh, {"x": x_BT}, {"x": spec}, spec)
 
 
 def attention(
@@ -32,8 +52,11 @@ def attention(
     *,
     segment_ids: jax.Array | None = None,
     logit_scale_T: jax.Array | None = None,
+    exchange: str | None = None,
 ) -> jax.Array:
     """`kernels_pallas.attention.attention`, causal. Key heads that tensor does not divide are repeated until it does.
+
+    With `exchange` tokens lie in zigzag order over seq (`sequence.attention`).
 
     Raises:
       HypenetError: the query heads do not divide over tensor.
@@ -44,9 +67,17 @@ def attention(
     rows, heads = _rows_and_heads(q_BTHD, mesh)
     operands: dict[str, Any] = {"q_BTHD": q_BTHD, **_key_heads(k_BSKD, v_BSKD, heads, mesh)}
     operands |= {"segment_ids": segment_ids, "logit_scale_T": logit_scale_T}
-    specs = {name: P(rows, None, heads) for name in ("q_BTHD", "k_BSKD", "v_BSKD")} | {"segment_ids": P(rows)}
-    specs["logit_scale_T"] = _scale_spec(logit_scale_T, rows)
-    return _on_each_device(attention_kernels.attention, mesh, operands, specs, P(rows, None, heads))
+    length = None if exchange is None else SEQ
+    tokens = P(rows, length, heads)
+    specs = {name: tokens for name in ("q_BTHD", "k_BSKD", "v_BSKD")} | {"segment_ids": P(rows, length)}
+    specs["logit_scale_T"] = P(length) if logit_scale_T is not None and logit_scale_T.ndim == 1 else P(rows, length)
+
+    def run(**local: Any) -> jax.Array:
+        if exchange is None:
+            return attention_kernels.attention(**local)
+        return sequence_attention.attention(**local, axis_name=SEQ, exchange=exchange)
+
+    return _on_each_device(run, mesh, operands, specs, tokens)
 
 
 def cached_attention(
@@ -78,8 +109,11 @@ def lightning_attention(
     scale: float | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    zigzag: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.lightning.lightning_attention`; every device has the slopes and states of its own heads.
+
+    With `zigzag` tokens lie in zigzag order over seq; the states are those before and after the whole sequence.
 
     Raises:
       HypenetError: the heads do not divide over tensor.
@@ -90,13 +124,17 @@ def lightning_attention(
     if mesh is None:
         return lightning_kernels.lightning_attention(**operands, scale=scale)
     rows, heads = _rows_and_heads(q_BTHK, mesh)
-    specs = {name: P(rows, None, heads) for name in ("q_BTHK", "k_BTHK", "v_BTHV")}
-    specs |= {"slopes_H": P(heads), "initial_state": P(rows, heads), "segment_ids": P(rows)}
+    length = SEQ if zigzag else None
+    tokens = P(rows, length, heads)
+    specs = {name: tokens for name in ("q_BTHK", "k_BTHK", "v_BTHV")}
+    specs |= {"slopes_H": P(heads), "initial_state": P(rows, heads), "segment_ids": P(rows, length)}
 
     def run(**local: Any) -> tuple[jax.Array, jax.Array]:
+        if zigzag:
+            return sequence_lightning.lightning_attention(**local, scale=scale, axis_name=SEQ)
         return lightning_kernels.lightning_attention(**local, scale=scale)
 
-    return _on_each_device(run, mesh, operands, specs, (P(rows, None, heads), P(rows, heads)))
+    return _on_each_device(run, mesh, operands, specs, (tokens, P(rows, heads)))
 
 
 def linear_kl(
@@ -128,16 +166,20 @@ def _mean_loss(loss: Callable, tokens: dict, weights: dict, options: dict) -> tu
     mesh = divided_mesh()
     if mesh is None:
         return loss(**tokens, **weights, **options)
-    rows = dividing_axes("batch", tokens["mask"].shape[0], mesh)
+    rows, length = (
+        dividing_axes(axis, size, mesh) for axis, size in zip(("batch", "length"), tokens["mask"].shape, strict=True)
+    )
+    divided = rows + length
     # Columns that do not divide are whole on every device, which then makes the same loss.
     vocabulary = min(math.gcd(weight.shape[1], _size(mesh)) for weight in weights.values())
     columns = TENSOR if 1 < _size(mesh) == vocabulary else None
-    specs = {name: P(rows or None) for name in tokens} | {name: P(None, columns) for name in weights}
+    specs = {name: P(rows or None, length or None) for name in tokens}
+    specs |= {name: P(None, columns) for name in weights}
 
     def run(**local: Any) -> tuple[jax.Array, jax.Array]:
         mean, count = loss(**local, **options, vocab_axis=columns)
-        total = jax.lax.psum(count, rows) if rows else count
-        weighted = jax.lax.psum(mean * count, rows) if rows else mean * count
+        total = jax.lax.psum(count, divided) if divided else count
+        weighted = jax.lax.psum(mean * count, divided) if divided else mean * count
         return weighted / jnp.maximum(total, 1.0), total
 
     return _on_each_device(run, mesh, tokens | weights, specs, (P(), P()))

@@ -141,8 +141,12 @@ def check_rows(stage: StageConfig, mesh: Mesh) -> None:
             f"batch_size {stage.batch_size} in {stage.gradient_accumulation} microbatches gives {rows} rows, which do "
             f"not divide over {over}; change the batch or the mesh"
         )
-    if stage.seq_len % mesh.shape["seq"]:
-        raise HypenetError(f"seq_len is {stage.seq_len}, which does not divide over seq={mesh.shape['seq']}; alter it")
+    shards = mesh.shape["seq"]
+    if shards > 1 and stage.seq_len % (2 * shards):
+        raise HypenetError(
+            f"seq_len is {stage.seq_len}, which does not divide into the {2 * shards} half-blocks of seq={shards}; "
+            f"make it a multiple of {2 * shards}"
+        )
 
 
 def _check_same_run(saved: dict[str, Any], stage: StageConfig, model_info: dict[str, Any], where: str) -> None:

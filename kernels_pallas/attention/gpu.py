@@ -69,6 +69,7 @@ def attend_block(
     q_start: jax.Array | int = 0,
     k_start: jax.Array | int = 0,
     causal: bool = True,
+    last_bT: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     scale: float,
@@ -85,10 +86,10 @@ def attend_block(
       o_BTHD in `dtype` (None: v's) and the natural log-sum-exp, float32 [B,T,H]; 0 and -1e30 where nothing is seen.
     """
     length, keys = q_BTHD.shape[1], k_BSKD.shape[1]
-    if causal:
+    if last_bT is None and causal:
         ahead = jnp.asarray(q_start, jnp.int32) - jnp.asarray(k_start, jnp.int32)
         last_bT = jnp.clip(jnp.atleast_1d(ahead)[:, None] + jnp.arange(length, dtype=jnp.int32), -1, keys - 1)
-    else:
+    elif last_bT is None:
         last_bT = jnp.full((1, length), keys - 1, jnp.int32)
     if segment_ids is not None:
         last_bT = jnp.where(segment_ids >= 0, last_bT, -1)
@@ -127,6 +128,29 @@ def block_gradients(
     tokens = last_bT, ids_BT, key_ids_BS, factor_bT
     rows = do_BTHD, log_sum_BTH.swapaxes(1, 2), inner_BTH.swapaxes(1, 2)
     return _gradients(options, q_BTHD, k_BSKD, v_BSKD, *tokens, *rows, (options.dtype,) * 3)
+
+
+def gradients_of_block(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    do_BTHD: jax.Array,
+    log_sum_BTH: jax.Array,
+    inner_BTH: jax.Array,
+    last_bT: jax.Array,
+    *,
+    segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    scale: float,
+    logit_scale: jax.Array | None,
+    sizes: Sizes | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `block.block_gradients`."""
+    if segment_ids is not None:
+        last_bT = jnp.where(segment_ids >= 0, last_bT, -1)
+    rows = do_BTHD, log_sum_BTH, inner_BTH, last_bT, segment_ids, _factor(logit_scale), key_segment_ids
+    return block_gradients(q_BTHD, k_BSKD, v_BSKD, *rows, scale=scale, sizes=sizes, interpret=interpret)
 
 
 def cached_attention(

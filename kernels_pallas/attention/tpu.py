@@ -83,6 +83,7 @@ def attend_block(
     q_start: jax.Array | int = 0,
     k_start: jax.Array | int = 0,
     causal: bool = True,
+    last_bT: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     scale: float,
@@ -101,6 +102,8 @@ def attend_block(
       q_BTHD, k_BSKD, v_BSKE: of one dtype, float32 or bfloat16.
       q_start, k_start: place of the first query and key in the sequence, int32 scalars or [B]; may be traced.
       causal: a query sees keys up to its own place in the sequence.
+      last_bT: int32 [B or 1,T], the last of these keys that a query may see, -1 for none; then the three above do not
+        count.
       segment_ids, key_segment_ids: int32 [B,T] and [B,S], both or neither. Negative ids of queries are padding.
       logit_scale: float32 [T] or [B,T], of these queries.
       dtype: of o; None is v's.
@@ -113,10 +116,10 @@ def attend_block(
     call = prepare(
         q_BTHD,
         k_BSKD,
-        v_BSKE,
         q_start=q_start,
         k_start=k_start,
         causal=causal,
+        last_bT=last_bT,
         segment_ids=segment_ids,
         key_segment_ids=key_segment_ids,
         scale=scale,
@@ -127,12 +130,14 @@ def attend_block(
 
 
 def prepare(
-    q_BTHD, k_BSKD, v_BSKE, *, q_start, k_start, causal, segment_ids, key_segment_ids, scale, logit_scale
+    q_BTHD, k_BSKD, *, q_start=0, k_start=0, causal=True, last_bT=None, segment_ids, key_segment_ids, scale, logit_scale
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What each query sees: its last key, its id and its factor, [B,T], and the keys' ids [B,S]."""
     (batch, length), keys = q_BTHD.shape[:2], k_BSKD.shape[1]
     last_BT = jnp.full((batch, length), keys - 1, jnp.int32)
-    if causal:
+    if last_bT is not None:
+        last_BT = jnp.broadcast_to(last_bT, (batch, length))
+    elif causal:
         ahead = jnp.broadcast_to(jnp.asarray(q_start, jnp.int32) - jnp.asarray(k_start, jnp.int32), batch)
         last_BT = jnp.clip(ahead[:, None] + jnp.arange(length, dtype=jnp.int32), -1, keys - 1)
     if segment_ids is None or key_segment_ids is None:
@@ -284,6 +289,26 @@ def _decode_backward(interpret, block, inputs, do):
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
+
+
+def gradients_of_block(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    do_BTHD: jax.Array,
+    log_sum_BTH: jax.Array,
+    inner_BTH: jax.Array,
+    last_bT: jax.Array,
+    *,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+    **masks: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `block.block_gradients`."""
+    plan = _plan(q_BTHD, k_BSKD, blocks, jnp.float32, jnp.float32, interpret)
+    tokens = prepare(q_BTHD, k_BSKD, last_bT=last_bT, **masks)
+    return block_gradients(plan, q_BTHD, k_BSKD, v_BSKD, do_BTHD, log_sum_BTH, inner_BTH, *tokens)
+
 
 BACKEND = Backend("tpu", attention, refuses)
 CACHED_BACKEND = Backend("tpu", cached_attention, refuses)

@@ -10,7 +10,7 @@ Axes: N query blocks, R rows of a block (the group's heads times its queries), J
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,57 @@ def attention(
     return _attend(blocks, scale, q_BTHD, k_BSKD, v_BSKD, last_bT, segment_ids, logit_scale)
 
 
+@partial(jax.jit, static_argnames=("scale", "dtype", "blocks"))
+def attend_block(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    last_bT: jax.Array,
+    *,
+    segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    scale: float,
+    logit_scale: jax.Array | None,
+    dtype: Any,
+    blocks: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `block.attend_block`."""
+    chosen = _blocks(blocks, q_BTHD.shape[1], k_BSKD.shape[1])
+    q, k, v = _scaled(q_BTHD, k_BSKD, v_BSKD, scale, logit_scale)
+    last_bT = _last_of_real(last_bT, segment_ids)
+    o, log_sum = _sweep(chosen, dtype, q, k, v, last_bT, segment_ids, key_segment_ids)
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    return _from_rows(o, length, group), _from_rows(log_sum[..., None], length, group)[..., 0]
+
+
+@partial(jax.jit, static_argnames=("scale", "blocks"))
+def block_gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    do_BTHD: jax.Array,
+    log_sum_BTH: jax.Array,
+    inner_BTH: jax.Array,
+    last_bT: jax.Array,
+    *,
+    segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    scale: float,
+    logit_scale: jax.Array | None,
+    blocks: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `block.block_gradients`."""
+    chosen = _blocks(blocks, q_BTHD.shape[1], k_BSKD.shape[1])
+    q, k, v = _scaled(q_BTHD, k_BSKD, v_BSKD, scale, logit_scale)
+    last_bT, group = _last_of_real(last_bT, segment_ids), q.shape[2] // k.shape[2]
+    do, log_sum, inner = (
+        _rows(chosen.queries, x, group) for x in (do_BTHD, log_sum_BTH[..., None], inner_BTH[..., None])
+    )
+    rows = do.astype(q.dtype), log_sum[..., 0], inner[..., 0]
+    dq, dk, dv = _gradients(chosen, q, k, v, last_bT, segment_ids, key_segment_ids, *rows)
+    return dq * _factor(scale, logit_scale), dk, dv
+
+
 def cached_attention(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
@@ -61,18 +112,30 @@ def cached_attention(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _attend(blocks, scale, q, k, v, last_bT, ids_BT, logit_scale):
-    length, keys = q.shape[1], k.shape[1]
+    chosen, dtype = _blocks(blocks, q.shape[1], k.shape[1]), v.dtype
+    return _softmax(chosen, *_scaled(q, k, v, scale, logit_scale), last_bT, ids_BT).astype(dtype)
+
+
+def _blocks(blocks: tuple[int, int] | None, length: int, keys: int) -> Blocks:
     queries_block, keys_block = blocks or (QUERY_BLOCK, KEY_BLOCK)
+    return Blocks(min(queries_block, length), min(keys_block, keys))
+
+
+def _scaled(q, k, v, scale: float, logit_scale):
+    """q times its factors, k and v, all in the dtype of the products."""
     dtype = jnp.result_type(q, k, v)
+    q = (q.astype(jnp.float32) * _factor(scale, logit_scale)).astype(dtype)
+    return q, k.astype(dtype), v.astype(dtype)
+
+
+def _factor(scale: float, logit_scale):
     if logit_scale is None:
-        factor = scale
-    else:
-        factor = scale * jax.lax.stop_gradient(logit_scale.astype(jnp.float32))[..., None, None]
-    q = (q.astype(jnp.float32) * factor).astype(dtype)
-    o = _softmax(
-        Blocks(min(queries_block, length), min(keys_block, keys)), q, k.astype(dtype), v.astype(dtype), last_bT, ids_BT
-    )
-    return o.astype(v.dtype)
+        return scale
+    return scale * jax.lax.stop_gradient(logit_scale.astype(jnp.float32))[..., None, None]
+
+
+def _last_of_real(last_bT, ids_BT):
+    return last_bT if ids_BT is None else jnp.where(ids_BT >= 0, last_bT, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,8 +144,13 @@ def _softmax(blocks: Blocks, q, k, v, last_bT, ids_BT):
 
 
 def _forward(blocks: Blocks, q, k, v, last_bT, ids_BT):
-    length, heads = q.shape[1:3]
-    group = heads // k.shape[2]
+    o, log_sum = _sweep(blocks, v.dtype, q, k, v, last_bT, ids_BT, ids_BT)
+    return _from_rows(o, q.shape[1], q.shape[2] // k.shape[2]), (q, k, v, last_bT, ids_BT, o, log_sum)
+
+
+def _sweep(blocks: Blocks, o_dtype, q, k, v, last_bT, ids_BT, key_ids_BS):
+    """o [N,b,K,R,D] and the float32 log-sum-exp [N,b,K,R]."""
+    group = q.shape[2] // k.shape[2]
     dot = _product(q.dtype)
     last_NbT = _tokens(blocks.queries, last_bT)
     ids_NBT = None if ids_BT is None else _tokens(blocks.queries, ids_BT)
@@ -92,7 +160,7 @@ def _forward(blocks: Blocks, q, k, v, last_bT, ids_BT):
 
         def key_block(j, carry):
             top, total, o = carry
-            k_BJKD, v_BJKD, seen = _key_block(blocks, j, k, v, last, ids, ids_BT, group)
+            k_BJKD, v_BJKD, seen = _key_block(blocks, j, k, v, last, ids, key_ids_BS, group)
             scores = jnp.where(seen, dot("bkrd,bjkd->bkrj", q_BKRD, k_BJKD), NOTHING)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -105,21 +173,26 @@ def _forward(blocks: Blocks, q, k, v, last_bT, ids_BT):
         start = (zeros + NOTHING, zeros, jnp.zeros_like(q_BKRD[..., :1] * v[:, :1, :].swapaxes(1, 2), jnp.float32))
         top, total, o = jax.lax.fori_loop(0, jnp.max(last) // blocks.keys + 1, key_block, start)
         total = jnp.where(total > 0, total, 1.0)
-        return (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
+        return (o / total[..., None]).astype(o_dtype), top + jnp.log(total)
 
-    q_NBKRD = _rows(blocks.queries, q, group)
-    o, log_sum = _each(query_block, (q_NBKRD, last_NbT, ids_NBT))
-    return _from_rows(o, length, group), (q, k, v, last_bT, ids_BT, o, log_sum)
+    return _each(query_block, (_rows(blocks.queries, q, group), last_NbT, ids_NBT))
 
 
 def _backward(blocks: Blocks, residuals, do):
     q, k, v, last_bT, ids_BT, o, log_sum = residuals
+    do_NBKRD = _rows(blocks.queries, do, q.shape[2] // k.shape[2])
+    inner_NBKR = jnp.sum(do_NBKRD.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+    gradients = _gradients(blocks, q, k, v, last_bT, ids_BT, ids_BT, do_NBKRD, log_sum, inner_NBKR)
+    return *(x.astype(q.dtype) for x in gradients), None, None
+
+
+def _gradients(blocks: Blocks, q, k, v, last_bT, ids_BT, key_ids_BS, do_NBKRD, log_sum, inner_NBKR):
+    """dq (of the scaled q), dk and dv, float32."""
     group, dtype = q.shape[2] // k.shape[2], q.dtype
     dot = _product(dtype)
     last_NbT = _tokens(blocks.queries, last_bT)
     ids_NBT = None if ids_BT is None else _tokens(blocks.queries, ids_BT)
-    q_NBKRD, do_NBKRD = _rows(blocks.queries, q, group), _rows(blocks.queries, do, group)
-    inner_NBKR = jnp.sum(do_NBKRD.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+    q_NBKRD = _rows(blocks.queries, q, group)
     reach_N = jnp.max(last_NbT, axis=(1, 2))
 
     def key_block(j, carry):
@@ -131,7 +204,7 @@ def _backward(blocks: Blocks, residuals, do):
                 lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False),
                 (q_NBKRD, do_NBKRD, log_sum, inner_NBKR, last_NbT, ids_NBT),
             )
-            k_j, v_j, seen = _key_block(blocks, j, k, v, last, ids, ids_BT, group)
+            k_j, v_j, seen = _key_block(blocks, j, k, v, last, ids, key_ids_BS, group)
             weights = jnp.where(seen, jnp.exp(dot("bkrd,bjkd->bkrj", q_n, k_j) - log_sum_n[..., None]), 0.0)
             dweights = dot("bkrd,bjkd->bkrj", do_n, v_j)
             dscores = (weights * (dweights - inner_n[..., None])).astype(dtype)
@@ -150,7 +223,7 @@ def _backward(blocks: Blocks, residuals, do):
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (q_NBKRD, k, v))
     dq, dk, dv = jax.lax.fori_loop(0, -(-k.shape[1] // blocks.keys), key_block, zeros)
-    return _from_rows(dq, q.shape[1], group).astype(dtype), dk.astype(dtype), dv.astype(dtype), None, None
+    return _from_rows(dq, q.shape[1], group), dk, dv
 
 
 _softmax.defvjp(_forward, _backward)

@@ -44,7 +44,7 @@ class Marks(NamedTuple):
 
 def marks(decay: Decay, chunk: int, length: int, segment_ids: jax.Array | None) -> Marks:
     """The marks of rows of `length` tokens, the tail filled up to whole chunks with padding."""
-    ids = _in_chunks(jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids, chunk, -1)
+    ids = in_chunks(jnp.zeros((1, length), jnp.int32) if segment_ids is None else segment_ids, chunk, -1)
     real = ids >= 0
     document, _ = _documents(ids)
     state = jnp.pad(document[..., -1], ((0, 0), (1, 0)))
@@ -53,7 +53,7 @@ def marks(decay: Decay, chunk: int, length: int, segment_ids: jax.Array | None) 
         count_bNC = jnp.sum(causal & real[..., None, :], axis=-1, dtype=jnp.int32)
         lag = jnp.asarray(decay.slopes_H, jnp.float32)[:, None, None] * count_bNC[:, None]
     else:
-        rate = _in_chunks(-decay.log_decay_BTH.astype(jnp.float32).swapaxes(1, 2), chunk, 0)
+        rate = in_chunks(-decay.log_decay_BTH.astype(jnp.float32).swapaxes(1, 2), chunk, 0)
         rate = jnp.where(real[:, None], rate, 0.0)
         lag = jnp.sum(jnp.where(causal, rate[..., None, :], 0.0), axis=-1)
     return Marks(lag, jnp.where(real, document, -1), state)
@@ -70,9 +70,9 @@ def log_decay_gradient(q, k, dq, dk, state, dstate, segment_ids) -> jax.Array:
     flow_BTH -= jnp.sum(k.astype(jnp.float32) * dk.astype(jnp.float32), axis=-1)
     end_BH = jnp.sum(state * dstate, axis=(-2, -1))
     batch, length = flow_BTH.shape[:2]
-    ids = _in_chunks(jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids, BLOCK, -1)
+    ids = in_chunks(jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids, BLOCK, -1)
     document, begins = _documents(ids)
-    flow = jnp.where((ids >= 0)[:, None], _in_chunks(flow_BTH.swapaxes(1, 2), BLOCK, 0), 0.0)
+    flow = jnp.where((ids >= 0)[:, None], in_chunks(flow_BTH.swapaxes(1, 2), BLOCK, 0), 0.0)
     flow = flow.at[:, :, -1, -1].add(end_BH)
     summed = _sums_to_the_end(flow, document)
     # The state resets at the first token of a later document, whose decay has nothing to act on.
@@ -92,7 +92,7 @@ def _documents(ids_BNC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     last = _last_real_before(ids_BNC)
     begins = (ids_BNC >= 0) & (last >= 0) & (ids_BNC != last)
-    return _sum_before(begins.astype(jnp.int32)) + begins, begins
+    return sum_before(begins.astype(jnp.int32)) + begins, begins
 
 
 def _last_real_before(ids: jax.Array) -> jax.Array:
@@ -107,16 +107,16 @@ def _last_real_before(ids: jax.Array) -> jax.Array:
     within = last(places < places[:, None])
     if ids.shape[-2] == 1:
         return within
-    before = _last_real_before(_in_chunks(last(True)[..., 0], BLOCK, -1))
+    before = _last_real_before(in_chunks(last(True)[..., 0], BLOCK, -1))
     return jnp.where(within >= 0, within, _flat(before, ids.shape[-2])[..., None])
 
 
-def _sum_before(x: jax.Array) -> jax.Array:
+def sum_before(x: jax.Array) -> jax.Array:
     """The sum over the places of [.., N, C] before each, in reading order."""
     within = jnp.sum(jnp.where(jnp.tri(x.shape[-1], k=-1, dtype=bool), x[..., None, :], 0), axis=-1, dtype=x.dtype)
     if x.shape[-2] == 1:
         return within
-    before = _sum_before(_in_chunks(jnp.sum(x, axis=-1, dtype=x.dtype), BLOCK, 0))
+    before = sum_before(in_chunks(jnp.sum(x, axis=-1, dtype=x.dtype), BLOCK, 0))
     return within + _flat(before, x.shape[-2])[..., None]
 
 
@@ -133,7 +133,7 @@ def _sums_to_the_end(x_BHNC: jax.Array, document_BNC: jax.Array) -> jax.Array:
     return within + jnp.where((document_BNC == last)[:, None], beyond_BHN[..., None], 0.0)
 
 
-def _in_chunks(x: jax.Array, chunk: int, fill: float) -> jax.Array:
+def in_chunks(x: jax.Array, chunk: int, fill: float) -> jax.Array:
     """[.., T] -> [.., N, chunk], the tail filled up."""
     widths = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % chunk)]
     return jnp.pad(x, widths, constant_values=fill).reshape(*x.shape[:-1], -1, chunk)

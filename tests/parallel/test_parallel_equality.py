@@ -1,20 +1,27 @@
 """Whatever the mesh, losses, gradients and generated tokens are those of one device, and kernels see their own part."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hypenet_jax as hn
+from hypenet_jax.evals.token_nll import token_nll
 from hypenet_jax.halo.align import alignment_loss, mixers_of
 from hypenet_jax.halo.distill import distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.halo.fit_scale import fit_scale
 from hypenet_jax.model.config import LightningConfig
 from hypenet_jax.parallel import activations, sharded_kernels
 from hypenet_jax.parallel.mesh import make_mesh
 from hypenet_jax.parallel.rules import batch_sharding, changed_rules, param_shardings
+from hypenet_jax.train.step import loss_and_gradients
 from kernels_pallas import compat, lightning
 
 SIZES = {
@@ -26,12 +33,21 @@ TEACHER = hn.LanguageModel(hn.ModelConfig(num_kv_heads=2, mixers=("attention", "
 NOPE = {"num_kv_heads": 2, "attention_rope": False, "attention_gate": True, "lightning": LIGHTNING, **SIZES}
 STUDENT = hn.LanguageModel(hn.ModelConfig(mixers=("attention", "lightning"), **NOPE)).with_logits_scaling(50.0)
 ALIGNED = hn.LanguageModel(hn.ModelConfig(mixers=("lightning", "lightning"), **NOPE))
+STAGES = ("align", "distill", "finetune")
+EVERY_MESH = [
+    {name: size for name, size in zip(("dcn", "data", "fsdp", "seq", "tensor"), sizes, strict=True) if size > 1}
+    for sizes in itertools.product((1, 2, 4, 8), repeat=5)
+    if np.prod(sizes) == 8
+]
 CASES = [
     ("align", {"fsdp": 2, "tensor": 4}),
     ("finetune", {"data": 2, "fsdp": 2, "tensor": 2}),
     ("distill", {"data": 2, "fsdp": 4}),
     ("distill", {"tensor": 8}),
     ("distill", {"dcn": 2, "fsdp": 2, "tensor": 2}),
+    ("align", {"seq": 8}),
+    ("finetune", {"dcn": 2, "seq": 4}),
+    ("distill", {"fsdp": 2, "seq": 2, "tensor": 2}),
 ]
 
 
@@ -46,19 +62,21 @@ def draw(model, seed):
 
 @functools.cache
 def batch():
+    """Documents that start anywhere, padding at the ends, a row of nothing but padding."""
     rng = np.random.default_rng(5)
-    segments = np.repeat([[0] * 5 + [1] * 9 + [-1] * 2], 8, axis=0).astype(np.int32)
-    segments[3] = -1
-    tokens, targets = rng.integers(0, 64, (2, 8, 16)).astype(np.int32)
+    segments = np.cumsum(rng.random((16, 16)) < 0.2, axis=1).astype(np.int32)
+    segments[::2, 13:], segments[5, :4], segments[3] = -1, -1, -1
+    tokens, targets = rng.integers(0, 64, (2, 16, 16)).astype(np.int32)
     return {"tokens": tokens, "targets": targets, "segment_ids": segments, "loss_mask": segments >= 0}
 
 
-def stage(name):
-    """(loss, parameters, their axes, frozen) of a stage of HALO."""
+def stage(name, **options):
+    """(loss, parameters, their axes, frozen) of a stage of HALO; options of its models."""
+    teacher, student, aligned = (dataclasses.replace(model, **options) for model in (TEACHER, STUDENT, ALIGNED))
     if name == "align":
         params, axes = (mixers_of(tree, 2) for tree in (draw(ALIGNED, 1), ALIGNED.param_axes()))
-        return alignment_loss(TEACHER, ALIGNED), params, axes, draw(TEACHER, 0)
-    loss = distillation_loss(TEACHER, STUDENT, 16) if name == "distill" else next_token_loss(STUDENT, 16)
+        return alignment_loss(teacher, aligned), params, axes, draw(TEACHER, 0)
+    loss = distillation_loss(teacher, student, 16) if name == "distill" else next_token_loss(student, 16)
     return loss, draw(STUDENT, 2), STUDENT.param_axes(), draw(TEACHER, 0)
 
 
@@ -68,16 +86,16 @@ def on_one_device(name):
     return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params, frozen, batch()))
 
 
-@pytest.mark.parametrize(("name", "axes"), CASES, ids=lambda case: case if isinstance(case, str) else names(case))
-def test_loss_and_gradients_are_those_of_one_device(name, axes):
+def check(name, axes, microbatches=1, **options):
     mesh = make_mesh(axes)
-    loss, params, param_axes, frozen = stage(name)
+    loss, params, param_axes, frozen = stage(name, **options)
     teacher_rules = changed_rules(embed=())  # the teacher whole over fsdp, the student divided
     params = jax.device_put(params, param_shardings(param_axes, params, mesh))
     frozen = jax.device_put(frozen, param_shardings(TEACHER.param_axes(), frozen, mesh, teacher_rules))
     placed = jax.device_put(batch(), batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        (got, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, frozen, placed)
+        step = jax.jit(functools.partial(loss_and_gradients, loss, microbatches=microbatches, mesh=mesh))
+        got, metrics, gradients = step(params, frozen, placed)
     (wanted, wanted_metrics), wanted_gradients = on_one_device(name)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     assert metrics["count"] == wanted_metrics["count"]
@@ -87,7 +105,44 @@ def test_loss_and_gradients_are_those_of_one_device(name, axes):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-12, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}], ids=names)
+@pytest.mark.parametrize(("name", "axes"), CASES, ids=lambda case: case if isinstance(case, str) else names(case))
+def test_loss_and_gradients_are_those_of_one_device(name, axes):
+    check(name, axes)
+
+
+@settings(max_examples=6)
+@given(
+    name=st.sampled_from(STAGES),
+    axes=st.sampled_from(EVERY_MESH),
+    microbatches=st.sampled_from([1, 2]),
+    remat=st.booleans(),
+    exchange=st.sampled_from(["ring", "gather"]),
+)
+def test_on_any_mesh_too(name, axes, microbatches, remat, exchange):
+    check(name, axes, microbatches, remat=remat, exchange=exchange)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "seq": 2, "tensor": 2}, {"seq": 8}], ids=names)
+def test_the_loss_of_every_token_and_the_fitted_scale_are_those_of_one_device(axes):
+    """Of 21 tokens, which no number of devices divides."""
+    windows = np.random.default_rng(7).integers(0, 64, (3, 22)).astype(np.int32)
+    ids = np.repeat([[0] * 8 + [1] * 13], 3, axis=0).astype(np.int32)
+    params, mesh = draw(STUDENT, 2), make_mesh(axes)
+
+    def measured(params):
+        fitted = fit_scale(STUDENT, params, windows, [20.0, 50.0, 100.0], batch_size=2)
+        return token_nll(STUDENT, params, windows[:, :-1], windows[:, 1:], ids, token_chunk=12), fitted
+
+    (nll, right), fitted = measured(params)
+    params = jax.device_put(params, param_shardings(STUDENT.param_axes(), params, mesh))
+    with jax.set_mesh(mesh):
+        (got, got_right), got_fitted = measured(params)
+    np.testing.assert_allclose(got, nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got_right, right)
+    np.testing.assert_allclose(got_fitted["loss"], fitted["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}, {"seq": 4, "tensor": 2}], ids=names)
 def test_generation_gives_the_tokens_of_one_device(axes):
     prompts, mesh, params = [[3, 9, 4, 4], [7], [1, 2]], make_mesh(axes), draw(STUDENT, 2)
     wanted = hn.generate(STUDENT, params, prompts, max_new_tokens=6, stop_ids=[])
@@ -114,23 +169,21 @@ def test_each_device_calls_the_kernels_with_its_own_rows_and_heads(monkeypatch):
     watch(sharded_kernels.lightning_kernels, "lightning_attention", "q_BTHK")
     watch(sharded_kernels.losses, "linear_kl", "weight_student")
     loss, params, _, frozen = stage("distill")
-    cache = STUDENT.init_cache(8, 16)
+    cache = STUDENT.init_cache(16, 16)
     with jax.set_mesh(make_mesh({"data": 2, "tensor": 4})):
         jax.eval_shape(loss, params, frozen, batch())
         jax.eval_shape(STUDENT.step, params, batch()["tokens"], cache)
-    wanted = {"attention": (4, 16, 1, 4), "cached_attention": (4, 16, 2, 4), "lightning_attention": (4, 16, 2, 4)}
+    wanted = {"attention": (8, 16, 1, 4), "cached_attention": (8, 16, 2, 4), "lightning_attention": (8, 16, 2, 4)}
     assert seen == wanted | {"linear_kl": (16, 16)}
 
 
-def test_without_a_mesh_or_with_divided_positions_the_kernel_is_called_as_it_is():
+def test_without_a_mesh_the_kernel_is_called_as_it_is():
     q = jnp.ones((2, 4, 8, 4))
 
     def call(q):
         return sharded_kernels.lightning_attention(q, q, q, lightning.slopes(8))[0]
 
     assert "shard_map" not in str(jax.make_jaxpr(call)(q))
-    with jax.set_mesh(make_mesh({"data": 2, "seq": 4})):
-        assert "shard_map" not in str(jax.make_jaxpr(call)(q))
     with jax.set_mesh(make_mesh({"data": 2, "tensor": 4})):
         assert "shard_map" in str(jax.make_jaxpr(call)(q))
         with pytest.raises(hn.HypenetError, match="6 heads.*tensor=4"):

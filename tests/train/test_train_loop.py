@@ -55,7 +55,7 @@ def test_records_say_what_happened(uninterrupted):
     directory, summary = uninterrupted
     first, last = records(directory)[0], records(directory)[-1]
     assert first["lr"] == pytest.approx(1e-2 / 3) and last["lr"] == pytest.approx(1e-3)
-    assert last["tokens"] == 12 * 8 * 6 == summary["tokens"]
+    assert last["tokens"] == 12 * 8 * 8 == summary["tokens"]
     assert last["loss"] == summary["loss"] < first["loss"]
     params, batch = init_params(), {key: jnp.asarray(x) for key, x in next(Stream()).items()}
     assert first["loss"] == pytest.approx(float(loss_fn(params, 0.5, batch)[0]), rel=1e-6)
@@ -176,9 +176,9 @@ def test_refusals_name_the_thing(tmp_path, uninterrupted):
         run(directory, model_info={"vocab": 17, "layers": [1, 2]})
     with pytest.raises(HypenetError, match="batch_size 4 .* fsdp=8"):
         run(tmp_path, make_stage(batch_size=4), mesh=make_mesh(None))
-    with pytest.raises(HypenetError, match="seq_len is 6, .* seq=4"):
-        run(tmp_path, mesh=make_mesh({"data": 2, "seq": 4}))
-    with pytest.raises(HypenetError, match=r"'tokens' has shape \(4, 6\); the stage needs \[8, 6\]"):
+    with pytest.raises(HypenetError, match="seq_len is 8, .* 16 half-blocks of seq=8"):
+        run(tmp_path, mesh=make_mesh({"seq": 8}))
+    with pytest.raises(HypenetError, match=r"'tokens' has shape \(4, 8\); the stage needs \[8, 8\]"):
         run(tmp_path, stream=Stream(rows=4))
     with pytest.raises(HypenetError, match="the data ended before step 4 of 12"):
         run(tmp_path, stream=Stream(end_at=3))

@@ -32,7 +32,7 @@ class Interrupted(Exception):
 class Stream:
     """Batches that depend on the position alone; raises Interrupted instead of giving batch number `fail_at`."""
 
-    def __init__(self, rows: int = 8, length: int = 6, fail_at: int | None = None, end_at: int | None = None):
+    def __init__(self, rows: int = 8, length: int = 8, fail_at: int | None = None, end_at: int | None = None):
         self.position, self.rows, self.length, self.fail_at, self.end_at = 0, rows, length, fail_at, end_at
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ def loss_fn(params, frozen, batch):
 
 
 def make_stage(**changes) -> StageConfig:
-    numbers = {"steps": 12, "batch_size": 8, "seq_len": 6, "peak_lr": 1e-2, "end_lr": 1e-3, "warmup_steps": 3}
+    numbers = {"steps": 12, "batch_size": 8, "seq_len": 8, "peak_lr": 1e-2, "end_lr": 1e-3, "warmup_steps": 3}
     return StageConfig(**(numbers | {"log_every": 2, "checkpoint_every": 4} | changes))
 
 

@@ -42,7 +42,7 @@ def heads(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context)
     scale = context.query_scale_BT
     if scale is not None and scale.shape[0] == 1:
         scale = scale[0]
-    return kernel.attention(q, k, v, segment_ids=context.segment_ids_BT, logit_scale_T=scale)
+    return kernel.attention(q, k, v, segment_ids=context.segment_ids_BT, logit_scale_T=scale, exchange=context.exchange)
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype) -> dict:

@@ -69,7 +69,7 @@ def _recurrence(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Co
     groups = lightning.num_heads // lightning.num_kv_heads
     if groups > 1:
         k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
-    return _scan(q, k, v, lightning, context.segment_ids_BT, state)
+    return _scan(q, k, v, lightning, context, state)
 
 
 def _mix(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, state: jax.Array | None):
@@ -82,16 +82,25 @@ def _mix(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, 
     return merge_heads(o, params["o"]), state
 
 
-def _scan(q_BTHK, k_BTHK, v_BTHV, lightning: LightningConfig, segment_ids_BT, state):
+def _scan(q_BTHK, k_BTHK, v_BTHV, lightning: LightningConfig, context: Context, state):
     decay_slopes, scale = kernel.slopes(lightning.num_heads), lightning.query_scale
+    segment_ids_BT = context.segment_ids_BT
     if state is not None and q_BTHK.shape[1] == 1:
+        assert segment_ids_BT is not None
         valid_B = segment_ids_BT[:, 0] >= 0
         o_BHV, state = kernel.lightning_decode_step(
             q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], decay_slopes, state, scale=scale, valid_B=valid_B
         )
         return o_BHV[:, None], state
     return sharded_kernels.lightning_attention(
-        q_BTHK, k_BTHK, v_BTHV, decay_slopes, scale=scale, initial_state=state, segment_ids=segment_ids_BT
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        decay_slopes,
+        scale=scale,
+        initial_state=state,
+        segment_ids=segment_ids_BT,
+        zigzag=context.exchange is not None,
     )
 
 
