@@ -88,10 +88,18 @@ def block_gradients(
     chosen = _blocks(blocks, q_BTHD.shape[1], k_BSKD.shape[1])
     q, k, v = _scaled(q_BTHD, k_BSKD, v_BSKD, scale, logit_scale)
     last_bT, group = _last_of_real(last_bT, segment_ids), q.shape[2] // k.shape[2]
-    do, log_sum, inner = (_rows(chosen.queries, x, group) for x in (do_BTHD, log_sum_BTH[..., None], inner_BTH[..., None]))
+    do, log_sum, inner = (
+        _rows(chosen.queries, x, group) for x in (do_BTHD, log_sum_BTH[..., None], inner_BTH[..., None])
+    )
     rows = do.astype(q.dtype), log_sum[..., 0], inner[..., 0]
     dq, dk, dv = _gradients(chosen, q, k, v, last_bT, segment_ids, key_segment_ids, *rows)
     return dq * _factor(scale, logit_scale), dk, dv
+
+
+def attend_cache(q_BTHD, k_BSKD, v_BSKD, last_BT, *, scale, logit_scale, dtype):
+    """See `block.attend_cache`."""
+    masks = {"segment_ids": None, "key_segment_ids": None, "logit_scale": logit_scale}
+    return attend_block(q_BTHD, k_BSKD, v_BSKD, last_BT, scale=scale, dtype=dtype, **masks)
 
 
 def cached_attention(
