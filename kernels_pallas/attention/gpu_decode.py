@@ -14,7 +14,7 @@ a block, N splits.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def cached_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See `api.cached_attention`. `tiles` None chooses by shape and dtype; at most `MAX_ROWS` queries times heads."""
-    options = {"scale": scale, "logit_scale": logit_scale, "tiles": tiles, "interpret": interpret}
+    options: dict[str, Any] = {"scale": scale, "logit_scale": logit_scale, "tiles": tiles, "interpret": interpret}
     return attend(q_BTHD, k_BSKD, v_BSKD, q_positions_BT, dtype=v_BSKD.dtype, **options)[0]
 
 

@@ -287,7 +287,7 @@ def attend_cache(
 ) -> tuple[jax.Array, jax.Array]:
     """See `block.attend_cache`."""
     if q_BTHD.shape[1] * q_BTHD.shape[2] > MOST_ROWS:
-        masks = {"segment_ids": None, "key_segment_ids": None, "logit_scale": logit_scale}
+        masks: dict[str, Any] = {"segment_ids": None, "key_segment_ids": None, "logit_scale": logit_scale}
         return attend_block(
             q_BTHD, k_BSKD, v_BSKD, last_bT=last_BT, scale=scale, dtype=dtype, interpret=interpret, **masks
         )

@@ -110,8 +110,8 @@ def check_cached(function, arrays, positions, *, scale=0.3, logit_scale=None, to
 
 def check_that_parts_of_a_cache_merge(attend_cache, length):
     """A cache dealt out to two, each attended to alone, merged by their log-sum-exps; padding sees neither part."""
-    q, k, v, _ = random_inputs(2, length, 40, 4, 2, 32)
-    positions = np.random.default_rng(1).integers(0, 40, (2, length)).astype(np.int32)
+    q, k, v, _ = random_inputs(2, length, 96, 4, 2, 32)
+    positions = np.random.default_rng(1).integers(0, 96, (2, length)).astype(np.int32)
     positions[0, 0], positions[1, 0] = -1, 0  # a query that sees nothing of the second part
     growth = np.linspace(1, 2, 2 * length, dtype=np.float32).reshape(2, length)
     options = {"scale": 0.3, "logit_scale": growth}

@@ -60,8 +60,8 @@ def step(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, 
     positions_BT = jnp.where(context.segment_ids_BT >= 0, context.positions_BT, -1)
     q, k, v = _queries_keys_values(params, config, x_BTD, positions_BT)
     stored = {"k": kernel.stored(cache["k"], k, positions_BT), "v": kernel.stored(cache["v"], v, positions_BT)}
-    options = {"logit_scale_BT": context.query_scale_BT, "split": context.exchange is not None}
-    o = kernel.cached_attention(q, stored["k"], stored["v"], positions_BT, **options)
+    scale, split = context.query_scale_BT, context.exchange is not None
+    o = kernel.cached_attention(q, stored["k"], stored["v"], positions_BT, logit_scale_BT=scale, split=split)
     return _gate_and_merge(params, config, x_BTD, o), stored
 
 

@@ -5,6 +5,8 @@ However long the sequence is, every shard then holds, and attends to, as much of
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -47,10 +49,8 @@ def attention(
       o_BTHD of the queries given, in v's dtype.
     """
     if split:
-        q_BTHD, q_positions_BT, logit_scale_BT = (
-            None if x is None else jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
-            for x in (q_BTHD, q_positions_BT, logit_scale_BT)
-        )
+        whole = partial(jax.lax.all_gather, axis_name=axis_name, axis=1, tiled=True)
+        q_BTHD, q_positions_BT, logit_scale_BT = jax.tree.map(whole, (q_BTHD, q_positions_BT, logit_scale_BT))
     shards, scale = jax.lax.axis_size(axis_name), q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     # The last of this shard's slots that a query sees; -1 for none, and for padding.
     last_BT = (q_positions_BT - jax.lax.axis_index(axis_name)) // shards
