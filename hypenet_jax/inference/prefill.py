@@ -45,7 +45,8 @@ def prefill(
         max_len = cache_size(length)
     if length > max_len:
         raise HypenetError(f"the longest prompt has {length} tokens and max_len is {max_len}; raise max_len")
-    cache = model.init_cache(batch, max_len)
+    with mesh_of(params):
+        cache = _empty_cache(model, batch, max_len)
     last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
     for start, width in chunks(length, chunk, narrow_last):
         piece = (_columns(array, start, width) for array in (tokens_BT, valid_BT))
@@ -62,6 +63,12 @@ def chunks(length: int, chunk: int, narrow_last: bool = True) -> Iterator[tuple[
         while narrow_last and width // 4 >= max(NARROWEST, length - start):
             width //= 4
         yield start, width
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_cache(model, batch, max_len):
+    # Made where it will lie: no device could hold the cache of a whole mesh.
+    return model.init_cache(batch, max_len)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last_BD"))

@@ -123,13 +123,23 @@ def step(
 
     valid_BT (bool) marks real tokens; the others leave every cache as it was. Returns the hidden states [B, T, D]
     after the final norm and the new cache. The caller keeps the sequence within the cache's max_len.
+
+    Under a mesh with seq > 1 the cached positions are dealt out over it, and chunks of at least 2 * seq tokens too.
     """
+    length, shards = tokens_BT.shape[1], sequence_shards()
     if valid_BT is None:
         valid_BT = jnp.ones(tokens_BT.shape, bool)
+    split = shards > 1 and length >= 2 * shards
+    if split:
+        fill = ((0, 0), (0, -length % (2 * shards)))
+        tokens_BT, valid_BT = jnp.pad(tokens_BT, fill), jnp.pad(valid_BT, fill)
     count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32)
     positions_BT = jnp.maximum(cache["length"][:, None] + count_BT - 1, 0)
     ids_BT = jnp.where(valid_BT, 0, -1)
     context = Context(positions_BT, ids_BT, query_scaling(config.logits_scaling, positions_BT))
+    if split:
+        tokens_BT, positions, ids, scale = to_zigzag((tokens_BT, *context[:3]))
+        context = Context(positions, ids, scale, "auto")
     x_BTD = _residual(jnp.asarray(params["embedding"])[tokens_BT].astype(dtype))
     layers = []
     for layer, mixer in enumerate(config.mixers):
@@ -139,6 +149,8 @@ def step(
         layers.append(stored)
         x_BTD = _feed_forward(weights, config, x_BTD + mixed)
     hidden = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
+    if split:
+        hidden = to_natural(hidden)[:, :length]
     return hidden, {"length": cache["length"] + count_BT[:, -1], "layers": tuple(layers)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.parallel.activations import divided_mesh, dividing_axes
+from hypenet_jax.parallel.activations import divided_mesh, dividing_axes, sequence_shards
 from hypenet_jax.parallel.sequence import attention as sequence_attention
+from hypenet_jax.parallel.sequence import cache as sequence_cache
 from hypenet_jax.parallel.sequence import lightning as sequence_lightning
 from hypenet_jax.parallel.sequence import order
 from kernels_pallas import attention as attention_kernels
@@ -80,6 +82,26 @@ def attention(
     return _on_each_device(run, mesh, operands, specs, tokens)
 
 
+def stored(cache_BSKD: jax.Array, new_BTKD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """A cache of keys or values with the new tokens at their positions; -1 is padding, which is not stored.
+
+    Position p is slot p; over seq slots are dealt out (`sequence.cache`), and `cached_attention` knows it.
+    """
+    if sequence_shards() > 1:
+        mesh = divided_mesh()
+        assert mesh is not None
+        rows = dividing_axes("batch", cache_BSKD.shape[0], mesh) or None
+        heads = dividing_axes("act_kv_heads", cache_BSKD.shape[2], mesh) or None
+        operands = {"cache_BSKD": cache_BSKD, "new_BTKD": new_BTKD, "positions_BT": positions_BT}
+        specs = {"cache_BSKD": P(rows, SEQ, heads), "new_BTKD": P(rows, None, heads), "positions_BT": P(rows)}
+        run = partial(sequence_cache.stored, axis_name=SEQ)
+        return _on_each_device(run, mesh, operands, specs, P(rows, SEQ, heads))
+    row = jnp.arange(cache_BSKD.shape[0])[:, None]
+    # Padding goes to a slot past the end, where mode="drop" discards it.
+    slots = jnp.where(positions_BT >= 0, positions_BT, cache_BSKD.shape[1])
+    return cache_BSKD.at[row, slots].set(new_BTKD.astype(cache_BSKD.dtype), mode="drop")
+
+
 def cached_attention(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
@@ -87,17 +109,25 @@ def cached_attention(
     q_positions_BT: jax.Array,
     *,
     logit_scale_BT: jax.Array | None = None,
+    split: bool = False,
 ) -> jax.Array:
-    """`kernels_pallas.attention.cached_attention`; heads and errors as in `attention`."""
+    """`kernels_pallas.attention.cached_attention` of what `stored` has stored; heads and errors as in `attention`.
+
+    With `split` the queries lie over seq, in any order.
+    """
     mesh = divided_mesh()
     if mesh is None:
         return attention_kernels.cached_attention(q_BTHD, k_BSKD, v_BSKD, q_positions_BT, logit_scale_BT=logit_scale_BT)
     rows, heads = _rows_and_heads(q_BTHD, mesh)
     operands: dict[str, Any] = {"q_BTHD": q_BTHD, **_key_heads(k_BSKD, v_BSKD, heads, mesh)}
     operands |= {"q_positions_BT": q_positions_BT, "logit_scale_BT": logit_scale_BT}
-    specs = {name: P(rows, None, heads) for name in ("q_BTHD", "k_BSKD", "v_BSKD")} | {"q_positions_BT": P(rows)}
-    specs["logit_scale_BT"] = _scale_spec(logit_scale_BT, rows)
-    return _on_each_device(attention_kernels.cached_attention, mesh, operands, specs, P(rows, None, heads))
+    slots, length = SEQ if sequence_shards() > 1 else None, SEQ if split else None
+    specs = {"q_BTHD": P(rows, length, heads), "k_BSKD": P(rows, slots, heads), "v_BSKD": P(rows, slots, heads)}
+    specs |= {"q_positions_BT": P(rows, length), "logit_scale_BT": P(rows, length)}
+    function = attention_kernels.cached_attention
+    if slots:
+        function = partial(sequence_cache.attention, axis_name=SEQ, split=split)
+    return _on_each_device(function, mesh, operands, specs, P(rows, length, heads))
 
 
 def lightning_attention(

@@ -27,6 +27,11 @@ BLOCK_BACKENDS = dispatch.table(
     Backend("gpu", _gpu, gpu.BACKEND.refuses),
     Backend("xla", xla.attend_block, xla.BACKEND.refuses),
 )
+CACHE_BACKENDS = dispatch.table(
+    Backend("tpu", tpu.attend_cache, tpu.CACHED_BACKEND.refuses),
+    Backend("gpu", gpu.attend_cache, gpu.CACHED_BACKEND.refuses),
+    Backend("xla", xla.attend_cache, xla.CACHED_BACKEND.refuses),
+)
 GRADIENT_BACKENDS = dispatch.table(
     Backend("tpu", tpu.gradients_of_block, tpu.BACKEND.refuses),
     Backend("gpu", gpu.gradients_of_block, gpu.BACKEND.refuses),
@@ -67,6 +72,26 @@ def attend_block(
     masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "logit_scale": logit_scale}
     chosen = dispatch.choose("attend_block", BLOCK_BACKENDS, backend, call)
     return chosen.function(q_BTHD, k_BSKD, v_BSKD, last_bT, scale=scale, dtype=dtype, **masks)
+
+
+def attend_cache(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    last_BT: jax.Array,
+    *,
+    scale: float,
+    logit_scale: jax.Array | None = None,
+    dtype: DTypeLike,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_block` for a cache: fast for one or a few queries of each row, and the slots beyond `last` are not read.
+
+    Args, returns and raises: as in `attend_block`; slots that no query sees may hold anything finite.
+    """
+    call = {"q_BTHD": q_BTHD, "k_BSKD": k_BSKD, "v_BSKD": v_BSKD}
+    chosen = dispatch.choose("attend_cache", CACHE_BACKENDS, backend, call)
+    return chosen.function(q_BTHD, k_BSKD, v_BSKD, last_BT, scale=scale, logit_scale=logit_scale, dtype=dtype)
 
 
 def block_gradients(

@@ -172,6 +172,26 @@ def cached_attention(
     return _attend(options, *arrays, last_BT, None, None, _factor(logit_scale))[0]
 
 
+def attend_cache(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    last_BT: jax.Array,
+    *,
+    scale: float,
+    logit_scale: jax.Array | None,
+    dtype: Any,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `block.attend_cache`."""
+    arrays, options = (q_BTHD, k_BSKD, v_BSKD), {"scale": scale, "logit_scale": logit_scale, "dtype": dtype}
+    if gpu_decode.fits(q_BTHD, k_BSKD):
+        return gpu_decode.attend(*arrays, last_BT, interpret=interpret, **options)
+    return attend_block(
+        *arrays, last_bT=last_BT, segment_ids=None, key_segment_ids=None, interpret=interpret, **options
+    )
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decode(scale: float, interpret: bool, q, k, v, positions, logit_scale):
     options = {"scale": scale, "logit_scale": logit_scale, "interpret": interpret}

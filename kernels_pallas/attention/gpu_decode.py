@@ -14,12 +14,13 @@ a block, N splits.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+from jax.typing import DTypeLike
 
 from kernels_pallas import compat
 from kernels_pallas.attention.gpu_blocks import LOG2_E, NOTHING, columns, exp2, leading, load_rows, product
@@ -48,11 +49,28 @@ def cached_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See `api.cached_attention`. `tiles` None chooses by shape and dtype; at most `MAX_ROWS` queries times heads."""
+    options: dict[str, Any] = {"scale": scale, "logit_scale": logit_scale, "tiles": tiles, "interpret": interpret}
+    return attend(q_BTHD, k_BSKD, v_BSKD, q_positions_BT, dtype=v_BSKD.dtype, **options)[0]
+
+
+def attend(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    last_BT: jax.Array,
+    *,
+    scale: float,
+    logit_scale: jax.Array | None,
+    dtype: DTypeLike,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `block.attend_cache`."""
     if logit_scale is not None:
         logit_scale = jnp.broadcast_to(logit_scale.astype(jnp.float32), q_BTHD.shape[:2])
     tiles = tiles or tiles_for(q_BTHD, k_BSKD)
     splits = tiles.splits or splits_for(tiles, q_BTHD.shape[0], k_BSKD)
-    return _cached(tiles, splits, scale, interpret, q_BTHD, k_BSKD, v_BSKD, q_positions_BT, logit_scale)
+    return _cached(tiles, splits, scale, jnp.dtype(dtype), interpret, q_BTHD, k_BSKD, v_BSKD, last_BT, logit_scale)
 
 
 def fits(q_BTHD: jax.Array, k_BSKD: jax.Array) -> bool:
@@ -80,8 +98,8 @@ def splits_for(tiles: Tiles, batch: int, k_BSKD: jax.Array) -> int:
     return max(1, min(most, waves * programs // pairs))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _cached(tiles: Tiles, splits: int, scale: float, interpret: bool, q, k, v, positions_BT, logit_scale_BT):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _cached(tiles: Tiles, splits: int, scale: float, dtype, interpret: bool, q, k, v, positions_BT, logit_scale_BT):
     (batch, length, heads), kv_heads, v_width = q.shape[:3], k.shape[2], v.shape[3]
     partials = [
         jax.ShapeDtypeStruct((batch, splits, length, heads, v_width), jnp.float32),
@@ -101,7 +119,10 @@ def _cached(tiles: Tiles, splits: int, scale: float, interpret: bool, q, k, v, p
     return compat.triton_call(
         _merge_kernel,
         grid=(heads, length, batch),
-        out_shape=jax.ShapeDtypeStruct((batch, length, heads, v_width), v.dtype),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, length, heads, v_width), dtype),
+            jax.ShapeDtypeStruct((batch, length, heads), jnp.float32),
+        ],
         num_warps=4,
         num_stages=1,
         interpret=interpret,
@@ -161,7 +182,7 @@ def _share_kernel(
     pltriton.store(o_ref.at[at], o_RD, mask=real_RD)
 
 
-def _merge_kernel(o_ref, top_ref, total_ref, out_ref):
+def _merge_kernel(o_ref, top_ref, total_ref, out_ref, log_sum_ref):
     h, t, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     splits, width = o_ref.shape[1], o_ref.shape[4]
     n = jnp.arange(pl.next_power_of_2(splits))
@@ -171,9 +192,12 @@ def _merge_kernel(o_ref, top_ref, total_ref, out_ref):
     total_N = pltriton.load(total_ref.at[at], mask=real_N, other=0.0)
     real_ND = real_N[:, None] & (d < width)[None, :]
     o_ND = pltriton.load(o_ref.at[(*at, leading(d.size, width))], mask=real_ND, other=0.0)
-    share_N = jnp.exp2(top_N - jnp.max(top_N))
+    top = jnp.max(top_N)
+    share_N = jnp.exp2(top_N - top)
     total = jnp.sum(share_N * total_N)
-    o_D = jnp.sum(share_N[:, None] * o_ND, axis=0) / jnp.where(total > 0, total, 1.0)
+    total = jnp.where(total > 0, total, 1.0)
+    o_D = jnp.sum(share_N[:, None] * o_ND, axis=0) / total
+    log_sum_ref[row, t, h] = top / LOG2_E + jnp.log(total)
     pltriton.store(out_ref.at[row, t, h, leading(d.size, width)], o_D.astype(out_ref.dtype), mask=d < width)
 
 

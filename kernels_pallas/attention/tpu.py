@@ -271,7 +271,30 @@ def cached_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decode(interpret, block, q, k, v, positions_BT, factor_BT):
-    return decode(q, k, v, positions_BT, factor_BT, interpret, block)
+    return decode(q, k, v, positions_BT, factor_BT, interpret, block)[0].astype(v.dtype)
+
+
+def attend_cache(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    last_BT: jax.Array,
+    *,
+    scale: float,
+    logit_scale: jax.Array | None,
+    dtype: Any,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `block.attend_cache`."""
+    if q_BTHD.shape[1] * q_BTHD.shape[2] > MOST_ROWS:
+        masks: dict[str, Any] = {"segment_ids": None, "key_segment_ids": None, "logit_scale": logit_scale}
+        return attend_block(
+            q_BTHD, k_BSKD, v_BSKD, last_bT=last_BT, scale=scale, dtype=dtype, interpret=interpret, **masks
+        )
+    factor = jnp.full((), scale, jnp.float32) * (1.0 if logit_scale is None else logit_scale.astype(jnp.float32))
+    factor_BT = jnp.broadcast_to(factor, q_BTHD.shape[:2])
+    o, log_sum = decode(q_BTHD, k_BSKD, v_BSKD, last_BT, factor_BT, interpret)
+    return o.astype(dtype), log_sum
 
 
 def _decode_forward(interpret, block, *inputs):

@@ -34,24 +34,27 @@ def decode(
     factor_BT: jax.Array,
     interpret: Any = False,
     block: int | None = None,
-) -> jax.Array:
-    """o_BTHE in v's dtype; a query at position p sees slots 0..p. Query heads times T are at most `MOST_ROWS`."""
+) -> tuple[jax.Array, jax.Array]:
+    """o_BTHE, float32, and the natural log-sum-exp of the scores [B,T,H], about -1e30 where nothing is seen.
+
+    A query at position p sees slots 0..p. Query heads times T are at most `MOST_ROWS`.
+    """
     batch, length, heads, width = q_BTHD.shape
     kv_heads, value_width = k_BSKD.shape[2], v_BSKE.shape[3]
     block = block or max(LANES, BLOCK_BYTES // (kv_heads * width * k_BSKD.dtype.itemsize))
     slots_a_tile = max(1, TILE_ROWS // kv_heads)
     if kv_heads > 1 and kv_heads & (kv_heads - 1) == 0:
         k_BCD, v_BCE = (padded(x, 1, slots_a_tile).reshape(batch, -1, x.shape[3]) for x in (k_BSKD, v_BSKE))
-        o_BRE = _decode(q_BTHD, k_BCD, v_BCE, positions_BT, factor_BT, interpret, block, kv_heads)
-        return o_BRE.reshape(batch, length, heads, value_width)
+        o_BRE, log_sum_BR = _decode(q_BTHD, k_BCD, v_BCE, positions_BT, factor_BT, interpret, block, kv_heads)
+        return o_BRE.reshape(batch, length, heads, value_width), log_sum_BR.reshape(batch, length, heads)
     # One head, or a number that tiles badly: XLA stores such a cache head by head, and each is then a row of its own.
     k_NSD, v_NSE = (_heads_as_rows(padded(x, 1, TILE_ROWS)) for x in (k_BSKD, v_BSKE))
     q_NTX = _heads_as_rows(q_BTHD.reshape(batch, length, kv_heads, -1))
     q_NTGD = q_NTX.reshape(batch * kv_heads, length, heads // kv_heads, width)
     positions_NT, factor_NT = (jnp.repeat(x, kv_heads, axis=0) for x in (positions_BT, factor_BT))
-    o_NRE = _decode(q_NTGD, k_NSD, v_NSE, positions_NT, factor_NT, interpret, kv_heads * block, 1)
-    o_BKTX = o_NRE.reshape(batch, kv_heads, length, -1)
-    return o_BKTX.swapaxes(1, 2).reshape(batch, length, heads, value_width)
+    found = _decode(q_NTGD, k_NSD, v_NSE, positions_NT, factor_NT, interpret, kv_heads * block, 1)
+    o, log_sum = (x.reshape(batch, kv_heads, length, -1).swapaxes(1, 2) for x in found)
+    return o.reshape(batch, length, heads, value_width), log_sum.reshape(batch, length, heads)
 
 
 def _heads_as_rows(x_BSKD: jax.Array) -> jax.Array:
@@ -59,8 +62,8 @@ def _heads_as_rows(x_BSKD: jax.Array) -> jax.Array:
     return x_BSKD.swapaxes(1, 2).reshape(-1, x_BSKD.shape[1], x_BSKD.shape[3])
 
 
-def _decode(q_BTHD, k_BCD, v_BCE, positions_BT, factor_BT, interpret, block: int, kv_heads: int) -> jax.Array:
-    """o_BRE, rows being queries times heads; the columns of k and v are slots times key heads."""
+def _decode(q_BTHD, k_BCD, v_BCE, positions_BT, factor_BT, interpret, block: int, kv_heads: int):
+    """o_BRE and the log-sum-exp [B,R], rows being queries times heads; columns of k, v are slots times key heads."""
     batch, length, heads, width = q_BTHD.shape
     slots, value_width = k_BCD.shape[1] // kv_heads, v_BCE.shape[2]
     tile = max(1, TILE_ROWS // kv_heads)
@@ -128,10 +131,12 @@ def _decode(q_BTHD, k_BCD, v_BCE, positions_BT, factor_BT, interpret, block: int
     )
     o_NBRE, top, total = call(filled_B, q_BRD, *row_BRL, head_RL, column_2C, k_BCD, v_BCE)
     top_NBR, total_NBR = top[..., 0], total[..., 0]
-    share_NBR = jnp.exp2(top_NBR - jnp.max(top_NBR, axis=0))
+    top_BR = jnp.max(top_NBR, axis=0)
+    share_NBR = jnp.exp2(top_NBR - top_BR)
     total_BR = jnp.sum(share_NBR * total_NBR, axis=0)
-    o_BRE = jnp.sum(share_NBR[..., None] * o_NBRE, axis=0) / jnp.where(total_BR > 0, total_BR, 1.0)[..., None]
-    return o_BRE.astype(v_BCE.dtype)
+    total_BR = jnp.where(total_BR > 0, total_BR, 1.0)
+    o_BRE = jnp.sum(share_NBR[..., None] * o_NBRE, axis=0) / total_BR[..., None]
+    return o_BRE, top_BR / LOG2_E + jnp.log(total_BR)
 
 
 def _lanes_of(x_BT: jax.Array, heads: int) -> jax.Array:

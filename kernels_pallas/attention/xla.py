@@ -96,6 +96,12 @@ def block_gradients(
     return dq * _factor(scale, logit_scale), dk, dv
 
 
+def attend_cache(q_BTHD, k_BSKD, v_BSKD, last_BT, *, scale, logit_scale, dtype):
+    """See `block.attend_cache`."""
+    masks = {"segment_ids": None, "key_segment_ids": None, "logit_scale": logit_scale}
+    return attend_block(q_BTHD, k_BSKD, v_BSKD, last_BT, scale=scale, dtype=dtype, **masks)
+
+
 def cached_attention(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,

@@ -108,6 +108,28 @@ def check_cached(function, arrays, positions, *, scale=0.3, logit_scale=None, to
     assert not np.asarray(o, np.float32)[positions < 0].any()
 
 
+def check_that_parts_of_a_cache_merge(attend_cache, length):
+    """A cache dealt out to two, each attended to alone, merged by their log-sum-exps; padding sees neither part."""
+    q, k, v, _ = random_inputs(2, length, 96, 4, 2, 32)
+    positions = np.random.default_rng(1).integers(0, 96, (2, length)).astype(np.int32)
+    positions[0, 0], positions[1, 0] = -1, 0  # a query that sees nothing of the second part
+    growth = np.linspace(1, 2, 2 * length, dtype=np.float32).reshape(2, length)
+    options = {"scale": 0.3, "logit_scale": growth}
+    parts = [
+        attend_cache(q, k[:, i::2], v[:, i::2], jnp.asarray((positions - i) // 2), dtype=jnp.float32, **options)
+        for i in range(2)
+    ]
+    log_sums = jnp.stack([log_sum for _, log_sum in parts])
+    assert (np.asarray(log_sums)[1, positions == 0] < -1e29).all()
+    shares = jax.nn.softmax(log_sums, axis=0)
+    o = sum(share[..., None] * o for share, (o, _) in zip(shares, parts, strict=True))
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+        right = reference.cached_attention(*wide, jnp.asarray(positions), **options)
+    assert relative_error(o, right) <= FLOAT32
+    assert not np.asarray(o)[positions < 0].any()
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _merged(attend_block, q, k, v, do, q_start, ids, key_ids):
     """Attention of 32 queries to two blocks of 48 keys, merged by their log-sum-exps, and its gradients."""

@@ -16,6 +16,7 @@ from attention_contract import (
     check_that_blocks_merge,
     check_that_large_scores_stay_finite,
     check_that_padding_gives_zeros,
+    check_that_parts_of_a_cache_merge,
     random_inputs,
     random_segments,
     segments,
@@ -157,6 +158,11 @@ def test_a_chunk_of_a_prompt_against_a_cache():
     positions = np.stack([np.arange(130) + 60, np.r_[np.arange(100), [-1] * 30]]).astype(np.int32)
     function = functools.partial(gpu.cached_attention, interpret=True)
     check_cached(function, random_inputs(2, 130, 200, 2, 1, 16), positions, logit_scale=None)
+
+
+@pytest.mark.parametrize("length", [2, 80])
+def test_parts_of_a_cache_merge(length):
+    check_that_parts_of_a_cache_merge(functools.partial(gpu.attend_cache, interpret=True), length)
 
 
 def test_each_row_reads_its_own_part_of_the_cache():

@@ -142,12 +142,29 @@ def test_the_loss_of_every_token_and_the_fitted_scale_are_those_of_one_device(ax
     np.testing.assert_allclose(got_fitted["loss"], fitted["loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}, {"seq": 4, "tensor": 2}], ids=names)
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}, {"seq": 8}, {"data": 2, "seq": 2, "tensor": 2}], ids=names
+)
 def test_generation_gives_the_tokens_of_one_device(axes):
-    prompts, mesh, params = [[3, 9, 4, 4], [7], [1, 2]], make_mesh(axes), draw(STUDENT, 2)
-    wanted = hn.generate(STUDENT, params, prompts, max_new_tokens=6, stop_ids=[])
+    """Prompts of several chunks, of which under seq the wide ones are split and the narrow ones and steps are not."""
+    prompts, mesh, params = [list(range(1, 42)), [7], [1, 2, 9]], make_mesh(axes), draw(STUDENT, 2)
+    options = {"max_new_tokens": 6, "stop_ids": [], "prefill_chunk": 32}
+    wanted = hn.generate(STUDENT, params, prompts, **options)
     spread = jax.device_put(params, param_shardings(STUDENT.param_axes(), params, mesh))
-    assert hn.generate(STUDENT, spread, prompts, max_new_tokens=6, stop_ids=[]) == wanted  # the mesh is the parameters'
+    assert hn.generate(STUDENT, spread, prompts, **options) == wanted  # the mesh is the parameters'
+
+
+def test_no_device_holds_the_whole_cache():
+    """Of a prompt's chunk and of a decoded token: a shard has its share of the slots, and none are gathered."""
+    with jax.set_mesh(make_mesh({"data": 2, "seq": 4})):
+        cache = jax.jit(STUDENT.init_cache, static_argnums=(0, 1))(2, 1022)
+        assert cache["layers"][0]["k"].shape == (2, 1024, 2, 4)
+        assert {shard.data.shape for shard in cache["layers"][0]["k"].addressable_shards} == {(1, 256, 2, 4)}
+        for tokens in (8, 1):
+            text = (
+                jax.jit(STUDENT.step).lower(draw(STUDENT, 2), np.ones((2, tokens), np.int32), cache).compile().as_text()
+            )
+            assert "256,2,4" in text and "1024,2,4" not in text
 
 
 def test_each_device_calls_the_kernels_with_its_own_rows_and_heads(monkeypatch):

@@ -10,6 +10,7 @@ from hypenet_jax.model.context import Context
 from hypenet_jax.model.layers import apply_rope, merge_heads, project_heads, rms_norm, rope_frequencies
 from hypenet_jax.model.parameters import Parameter, Table, linear_default, ones
 from hypenet_jax.parallel import sharded_kernels as kernel
+from hypenet_jax.parallel.activations import constrain, sequence_shards
 
 
 def parameters(config: ModelConfig) -> Table:
@@ -47,8 +48,10 @@ def heads(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context)
 
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype) -> dict:
     """Preallocated keys and values, [batch, max_len, kv heads, head_dim]; slot = position."""
-    shape = (batch, max_len, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    shards = sequence_shards()
+    shape = (batch, -(-max_len // shards) * shards, config.num_kv_heads, config.head_dim)
+    empty = constrain(jnp.zeros(shape, dtype), "batch", "length", "act_kv_heads", "head_dim")
+    return {"k": empty, "v": jnp.copy(empty)}
 
 
 def step(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
@@ -56,14 +59,9 @@ def step(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, 
     assert context.segment_ids_BT is not None
     positions_BT = jnp.where(context.segment_ids_BT >= 0, context.positions_BT, -1)
     q, k, v = _queries_keys_values(params, config, x_BTD, positions_BT)
-    rows = jnp.arange(x_BTD.shape[0])[:, None]
-    # Padding goes to a slot past the end, where mode="drop" discards it.
-    slots = jnp.where(positions_BT >= 0, positions_BT, cache["k"].shape[1])
-    stored = {
-        "k": cache["k"].at[rows, slots].set(k.astype(cache["k"].dtype), mode="drop"),
-        "v": cache["v"].at[rows, slots].set(v.astype(cache["v"].dtype), mode="drop"),
-    }
-    o = kernel.cached_attention(q, stored["k"], stored["v"], positions_BT, logit_scale_BT=context.query_scale_BT)
+    stored = {"k": kernel.stored(cache["k"], k, positions_BT), "v": kernel.stored(cache["v"], v, positions_BT)}
+    scale, split = context.query_scale_BT, context.exchange is not None
+    o = kernel.cached_attention(q, stored["k"], stored["v"], positions_BT, logit_scale_BT=scale, split=split)
     return _gate_and_merge(params, config, x_BTD, o), stored
 
 

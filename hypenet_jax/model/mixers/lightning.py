@@ -11,6 +11,7 @@ from hypenet_jax.model.layers import apply_rope, merge_heads, project_heads, rms
 from hypenet_jax.model.mixers.attention import add_output_gate
 from hypenet_jax.model.parameters import Parameter, Table, linear_default, ones
 from hypenet_jax.parallel import sharded_kernels
+from hypenet_jax.parallel.activations import constrain
 from kernels_pallas import lightning as kernel
 
 
@@ -44,7 +45,8 @@ def forward(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Contex
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype) -> dict:
     """The recurrent state, float32 [batch, heads, head_dim, head_dim], whatever the length."""
     lightning = _settings(config)
-    return {"state": jnp.zeros((batch, lightning.num_heads, lightning.head_dim, lightning.head_dim), jnp.float32)}
+    zeros = jnp.zeros((batch, lightning.num_heads, lightning.head_dim, lightning.head_dim), jnp.float32)
+    return {"state": constrain(zeros, "batch", "act_heads", "head_dim", "head_dim")}
 
 
 def step(params: dict, config: ModelConfig, x_BTD: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
