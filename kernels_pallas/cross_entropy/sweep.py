@@ -156,10 +156,14 @@ def chunking(token_chunk: int | None, batch: int, length: int, entries: int) -> 
     large = entries >= LARGE_VOCABULARY
     cached = min(MAX_TOKENS, max(MIN_TOKENS, CACHED_LOGITS // entries))
     wanted = token_chunk or (LARGE_VOCABULARY_TOKENS if large else cached)
-    chunks = CHUNKS_A_PRODUCT if large and batch * length > wanted else 1
-    products = -(-length // (chunks * max(1, wanted // batch)))
+    in_a_row = max(1, wanted // batch)
+    products, chunks = -(-length // in_a_row), 1
+    if large and products > 1:
+        # Two products at least: the gradients of all tokens' logits are never there together.
+        products = max(2, -(-length // (CHUNKS_A_PRODUCT * in_a_row)))
+        chunks = -(-length // (products * in_a_row))
     chunk = -(-length // (products * chunks))
-    if large and chunk * chunks < length:
+    if large and chunk * chunks < length and length >= ROWS_A_TILE:
         chunk = -(-chunk // ROWS_A_TILE) * ROWS_A_TILE
     return chunk, min(chunk * chunks, length)
 
