@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import matplotlib
 
 from hypenet_jax.errors import HypenetError
@@ -26,14 +27,17 @@ _PARTS = {"parameters": "#5a7fa8", "optimizer": "#33476b", "teacher": "#f2c14e",
 def write_plan(records: Sequence[dict[str, Any]], directory: pathlib.Path) -> pathlib.Path:
     """DIR/plan.html: memory and time of every record, and the table."""
     figures = [memory_bars(records), time_bars(records)]
-    return page(directory / "plan.html", "Plan", [COLUMNS, *rows(records)], [f for f in figures if f])
+    about = f"Compiled for machines that are not here, with JAX {jax.__version__}. Times are work over peak rates."
+    return page(directory / "plan.html", "Plan", about, [COLUMNS, *rows(records)], [f for f in figures if f])
 
 
 def write_scaling(
     records: Sequence[dict[str, Any]], table: Sequence[Sequence[str]], directory: pathlib.Path
 ) -> pathlib.Path:
     """DIR/scaling.html: throughput against devices with the ideal line, the parts of a step, and the table."""
-    return page(directory / "scaling.html", "Scaling", table, [throughput(records), step_parts(records)])
+    one = records[0]
+    about = f"{one['stage']} on {one['device']}, JAX {jax.__version__}, random weights and tokens. Medians of steps."
+    return page(directory / "scaling.html", "Scaling", about, table, [throughput(records), step_parts(records)])
 
 
 def throughput(records: Sequence[dict[str, Any]]) -> str:
@@ -128,12 +132,15 @@ def time_bars(records: Sequence[dict[str, Any]]) -> str | None:
         return svg(figure, "time")
 
 
-def page(path: pathlib.Path, title: str, table: Sequence[Sequence[str]], figures: Sequence[str]) -> pathlib.Path:
+def page(
+    path: pathlib.Path, title: str, about: str, table: Sequence[Sequence[str]], figures: Sequence[str]
+) -> pathlib.Path:
     """Write the page beside its place and move it there."""
     head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in table]
     lines = "".join(f"<tr>{line}</tr>" for line in body)
     text = (
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{CSS}</style><h1>{title}</h1>"
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{CSS}</style>"
+        f"<header><h1>{title}</h1><p class=lede>{html.escape(about)}</p></header>"
         + "".join(f"<figure>{figure}</figure>" for figure in figures)
         + f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table>"
     )

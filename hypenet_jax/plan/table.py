@@ -10,16 +10,21 @@ GIB, MIB = 2**30, 2**20
 SHOWN = 0.01
 
 
+def in_units(number: float, unit: float) -> str:
+    """The number in a unit: two decimals, or two digits of what is smaller than that shows."""
+    return f"{number / unit:.2f}" if number == 0 or number >= 0.1 * unit else f"{number / unit:.2g}"
+
+
 def describe(record: dict[str, Any]) -> str:
     """What a record says, over several lines."""
     lines = [f"  {record['stage']}: {_verdict(record)} (compiled in {record['compile_seconds']:.0f} s)"]
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in record["parts_bytes"].items())
+    parts = ", ".join(f"{name} {in_units(size, GIB)}" for name, size in record["parts_bytes"].items())
     if not record["fits"]:
         return "\n".join([*lines, f"    GiB a chip: {parts}", f"    what to change: {record['remedy']}"])
-    rest = f"temporaries {record['temporary_bytes'] / GIB:.2f}, program {record['code_bytes'] / GIB:.2f}"
+    rest = f"temporaries {in_units(record['temporary_bytes'], GIB)}, program {in_units(record['code_bytes'], GIB)}"
     lines.append(f"    GiB a chip: {parts}, {rest}")
     lines.append(
-        f"    {record['flops'] / 1e12:.2f} TFLOP a chip; {record['traffic_bytes'] / GIB:.1f} GiB of memory traffic"
+        f"    {in_units(record['flops'], 1e12)} TFLOP a chip; {record['traffic_bytes'] / GIB:.1f} GiB of memory traffic"
     )
     for (kind, axes), (count, sent) in _gathered(record["collectives"]):
         lines.append(f"    {kind} over {axes}: {sent / MIB:,.0f} MiB sent a chip by {count:,.0f} of them")
@@ -31,8 +36,9 @@ def describe(record: dict[str, Any]) -> str:
 def _verdict(record: dict[str, Any]) -> str:
     memory = record["memory_bytes"]
     of = f" of {memory / GIB:.2f} GiB" if memory else ""
+    total = in_units(record.get("total_bytes", 0.0), GIB)
     if record["fits"]:
-        return f"fits, {record['total_bytes'] / GIB:.2f}{of}" if memory else f"{record['total_bytes'] / GIB:.2f} GiB"
+        return f"fits, {total}{of}" if memory else f"{total} GiB"
     return f"does not fit, by {record['short_bytes'] / GIB:.2f} GiB{of}"
 
 
@@ -94,10 +100,10 @@ def rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
             times = "{:.3g}-{:.3g}".format(*(s * 1e3 for s in record["step_seconds"])) if "seconds" in record else ""
             rate = "{:,.0f}-{:,.0f}".format(*record["tokens_per_second"]) if "seconds" in record else ""
             cells += [
-                f"{record['total_bytes'] / GIB:.2f}",
+                in_units(record["total_bytes"], GIB),
                 memory,
                 "yes",
-                f"{record['flops'] / 1e12:.2f}",
+                in_units(record["flops"], 1e12),
                 f"{sent:,.0f}",
             ]
             cells += [times, rate]
@@ -106,7 +112,7 @@ def rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
                 "",
                 memory,
                 f"no, {record['short_bytes'] / GIB:.2f} short",
-                f"{record['flops'] / 1e12:.2f}",
+                in_units(record["flops"], 1e12),
                 "",
                 "",
                 "",
