@@ -315,7 +315,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    from hypenet_jax.parallel import processes
+
+    sys.exit(processes.ended(main))
 
 
 if __name__ == "__main__":

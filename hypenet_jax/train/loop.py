@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.parallel.mesh import row_axes
+from hypenet_jax.parallel.processes import own_rows, place_rows
+from hypenet_jax.parallel.processes import place as place_array
 from hypenet_jax.parallel.rules import batch_sharding, replicated
 from hypenet_jax.train.checkpoint import Checkpoints
 from hypenet_jax.train.metrics import ReporterLike
@@ -27,7 +29,7 @@ from hypenet_jax.train.step import LossFn, abstract_state, create_state, make_st
 class Batches(Protocol):
     """An endless iterator of batches whose position can be saved: dicts of numpy arrays [B, T, ...].
 
-    With several processes each yields its own rows of the same global batch.
+    With several processes each yields the rows of the same global batch that its devices hold (`processes.own_rows`).
     """
 
     def __next__(self) -> Mapping[str, np.ndarray]: ...
@@ -170,14 +172,14 @@ def _next_batch(batches: Batches, step: int, stage: StageConfig) -> Mapping[str,
 
 def _place_batch(batch: Mapping[str, np.ndarray], stage: StageConfig, mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as arrays over the whole mesh."""
-    rows = stage.batch_size // jax.process_count()
+    sharding = batch_sharding(mesh)
+    rows = len(own_rows(sharding, stage.batch_size, stage.seq_len))
     for key, array in batch.items():
         if array.shape[:2] != (rows, stage.seq_len):
             raise HypenetError(
                 f"batch array {key!r} has shape {array.shape}; the stage needs [{rows}, {stage.seq_len}] a process"
             )
-    sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()}
+    return {key: place_rows(array, sharding, stage.batch_size) for key, array in batch.items()}
 
 
 def _place_frozen(frozen: Any, mesh: Mesh) -> Any:
@@ -186,7 +188,7 @@ def _place_frozen(frozen: Any, mesh: Mesh) -> Any:
     def place(leaf: Any) -> jax.Array:
         sharding = getattr(leaf, "sharding", None)
         on_mesh = isinstance(sharding, NamedSharding) and sharding.device_set == set(mesh.devices.flat)
-        return leaf if on_mesh else jax.device_put(leaf, replicated(mesh))
+        return leaf if on_mesh else place_array(leaf, replicated(mesh))
 
     return jax.tree.map(place, frozen)
 
