@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -20,8 +20,9 @@ WAIT_SECONDS = 24 * 3600
 # How long a process that ends with an error waits for the others to end with the same one.
 LEAVE_SECONDS = 10
 
-# The exit code where another process has died: what was saved can be continued, as after a preemption.
-EXIT_LOST = 75
+# The exit code where another process has died: EX_PROTOCOL of sysexits.h. The same command continues, but unlike after a
+# preemption nobody knows whether the cause has gone.
+EXIT_LOST = 76
 # How XLA's collectives and the coordination service speak of a process that is gone.
 LOST_WORDS = ("closed by peer", "reset by peer", "onnection refused", "imed out", "UNAVAILABLE", "heartbeat")
 
@@ -126,21 +127,24 @@ def leave(code: int) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     try:
         _client().wait_at_barrier(f"hypenet/leave/{code}", LEAVE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError:
-        os._exit(code)
+        _exit_at_once(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def ended(run: Callable[[], int]) -> int:
-    """The exit code of `run()`; with several processes also where another of them has died, or this one fails alone.
-
-    Process n > 0 of a run prints nothing of an error that all have; a lost process is told in a sentence.
-    """
+    """The exit code of `run()`; with several processes this one ends, and says why, where another has died."""
     try:
         code = run()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized() or not _lost(error):
             raise
@@ -150,7 +154,7 @@ def ended(run: Callable[[], int]) -> int:
             "the same command continues from the last checkpoint, with any number of processes",
             file=sys.stderr,
         )
-        code = EXIT_LOST
+        _exit_at_once(EXIT_LOST)
     except Exception:
         if not jax.distributed.is_initialized():
             raise

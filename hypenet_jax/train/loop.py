@@ -114,7 +114,7 @@ def train(
                 with jax.set_mesh(mesh):
                     state, metrics = update(state, frozen, batch)
                 log.add(step, metrics)
-                preempted = preemption.requested(step)
+                preempted = preemption.requested()
                 if preempted or step % stage.checkpoint_every == 0 or step == stage.steps:
                     # Before saving, so that a checkpoint never holds parameters after a bad step.
                     log.write_all()
@@ -127,7 +127,7 @@ def train(
                         "metrics": log.last,
                     }
                     checkpoints.save(step, state, about)
-                if preempted and step < stage.steps:
+                if preempted:
                     checkpoints.wait()
                     reporter.message(f"{name}: stopped at step {step} and saved; the same command continues")
                     raise SystemExit(EXIT_PREEMPTED)
