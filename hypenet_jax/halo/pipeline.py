@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hypenet_jax import hub
+from hypenet_jax.config import to_mapping
 from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
@@ -284,6 +285,7 @@ def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, froz
             param_shardings=param_shardings(axes, params, run.mesh),
             model_info=config_to_dict(student.config),
             reporter=run.reporter,
+            config=to_mapping(run.config),
         )
     return trained
 

@@ -53,6 +53,7 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
             param_shardings=shardings,
             model_info=config_to_dict(trained.config),
             reporter=reporter,
+            config=dataclasses.asdict(config),
         )
     hub.save(model, params, path / "export")
     settings = config.evaluate

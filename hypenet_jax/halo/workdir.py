@@ -15,7 +15,7 @@ import jax
 
 from hypenet_jax import config as configs
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.parallel.processes import first
+from hypenet_jax.parallel.processes import check_local, first
 from hypenet_jax.train.checkpoint import versions
 from hypenet_jax.train.stage import FREE_FIELDS
 
@@ -37,6 +37,7 @@ def claim(directory: str | os.PathLike, config: Any, free: tuple[str, ...] = FRE
     HypenetError when the directory holds something else, or a run of another config (naming the first field that
     differs).
     """
+    check_local(directory, "the work directory")
     path = pathlib.Path(directory)
     first(lambda: _claim(path, config, free))
     return path

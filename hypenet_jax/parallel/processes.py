@@ -57,6 +57,16 @@ def first(work: Callable[[], object]) -> None:
     _client().key_value_set(key, _DONE)
 
 
+def check_local(directory: str | os.PathLike[str], what: str) -> None:
+    """Raise HypenetError for a bucket: packing, metrics and exports append to and rename files."""
+    scheme, separator, rest = os.fspath(directory).partition("://")
+    if separator:
+        raise HypenetError(
+            f"{what} is {os.fspath(directory)}, a bucket, but files are appended to and renamed there; mount it (for "
+            f"{scheme}, say, `gcsfuse {rest.partition('/')[0]} /mnt/bucket` on every host) and give the path there"
+        )
+
+
 def on_host(array: Any) -> np.ndarray:
     """The array as numpy on every process; one that lies over several processes is gathered, by all of them."""
     gathered = _whole(array)

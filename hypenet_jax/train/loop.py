@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.parallel.mesh import row_axes
-from hypenet_jax.parallel.processes import own_rows, place_rows
+from hypenet_jax.parallel.processes import check_local, own_rows, place_rows
 from hypenet_jax.parallel.processes import place as place_array
 from hypenet_jax.parallel.rules import batch_sharding, replicated
 from hypenet_jax.train.checkpoint import Checkpoints
@@ -51,6 +51,7 @@ def train(
     model_info: dict[str, Any],
     reporter: ReporterLike,
     donate: bool = True,
+    config: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains `params`, or goes on where `directory` stopped; a finished stage returns at once.
 
@@ -71,6 +72,7 @@ def train(
       model_info: JSON-able config of the model, saved with every checkpoint and compared on resume.
       reporter: see `metrics.Reporter`.
       donate: the update reuses the memory of the state before it.
+      config: JSON-able config of the whole run, saved with every checkpoint for its reader; not compared.
 
     Returns:
       (params float32 on the mesh, summary {"name", "step", "resumed_from", "loss", "lr", "tokens", "seconds", ...}: the
@@ -81,6 +83,7 @@ def train(
         or stage, or unreadable ones.
       SystemExit: with EXIT_PREEMPTED, after SIGTERM; the state is saved.
     """
+    check_local(directory, f"the directory of stage {name}")
     directory = os.path.abspath(directory)
     check_rows(stage, mesh)
     if param_shardings is None:
@@ -125,6 +128,8 @@ def train(
                         "stage": dataclasses.asdict(stage),
                         "data": batches.get_state(),
                         "metrics": log.last,
+                        "devices": _devices(mesh),
+                        "config": config,
                     }
                     checkpoints.save(step, state, about)
                 if preempted:
@@ -132,6 +137,12 @@ def train(
                     reporter.message(f"{name}: stopped at step {step} and saved; the same command continues")
                     raise SystemExit(EXIT_PREEMPTED)
     return state["params"], {"name": name, "resumed_from": first, **log.last}
+
+
+def _devices(mesh: Mesh) -> dict[str, Any]:
+    """What the numbers were computed on, JSON-able."""
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    return {"mesh": dict(mesh.shape), "processes": jax.process_count(), "kind": ", ".join(kinds)}
 
 
 def check_rows(stage: StageConfig, mesh: Mesh) -> None:
