@@ -395,7 +395,9 @@ def _add_planning(plan: argparse.ArgumentParser, scaling: argparse.ArgumentParse
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    from hypenet_jax.parallel import processes
+
+    sys.exit(processes.ended(main))
 
 
 if __name__ == "__main__":

@@ -56,28 +56,26 @@ def batch_of(tokens_BS: np.ndarray, starts_BS: np.ndarray) -> dict[str, np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class _ReadRows:
-    """Maps the row numbers of a global batch to this host's part of it: a contiguous run of the rows."""
+    """Maps the row numbers of a global batch to the rows that this process reads of it."""
 
     packed: PackedTokens
     seq_len: int
     start_token: int
-    host: int
-    hosts: int
+    own: tuple[int, ...]
 
     def __call__(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
-        share = len(rows_B) // self.hosts
-        rows_B = rows_B[self.host * share : (self.host + 1) * share].astype(np.int64)
+        rows_B = rows_B[list(self.own)].astype(np.int64)
         tokens_BS, starts_BS = self.packed.rows(self.start_token + rows_B * self.seq_len, self.seq_len + 1)
         return batch_of(tokens_BS, starts_BS)
 
 
 class StageBatches(Iterator[dict[str, np.ndarray]]):
-    """`steps` batches (see `batch_of`) of this host's rows; an iterator whose position can be saved and set.
+    """`steps` batches (see `batch_of`) of this process's rows; an iterator whose position can be saved and set.
 
     The range is cut into steps * batch_size rows of `seq_len` tokens, shuffled by `seed`. batch_size counts the rows
-    of all hosts; host h of `hosts` yields the h-th part of every global batch, so that the parts one after the other
-    are the batch of a single host, row by row. workers: processes that read ahead; 0 reads in threads.
-    Raises HypenetError where the rows do not divide over the hosts, and for arguments out of range.
+    of all processes; `rows` are the places in every global batch that this one yields, in ascending order (None: all):
+    what a step holds does not depend on who reads which part of it. workers: processes that read ahead; 0 reads in
+    threads. Raises HypenetError for arguments out of range.
     """
 
     def __init__(
@@ -89,8 +87,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         start_token: int,
         steps: int,
         seed: int,
-        host: int = 0,
-        hosts: int = 1,
+        rows: Sequence[int] | None = None,
         workers: int = 0,
     ):
         for name, value, lowest in (
@@ -99,7 +96,6 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             ("start_token", start_token, 0),
             ("steps", steps, 1),
             ("seed", seed, 0),
-            ("hosts", hosts, 1),
             ("workers", workers, 0),
         ):
             if value < lowest:
@@ -108,11 +104,10 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         for name, value in (("seed", seed), ("steps * batch_size", steps * batch_size)):
             if value >= 1 << 32:
                 raise HypenetError(f"{name} is {value}; it must be below 2**32")
-        if not 0 <= host < hosts:
-            raise HypenetError(f"host is {host}; it must lie in 0..{hosts - 1}")
-        if batch_size % hosts:
+        rows = tuple(range(batch_size) if rows is None else rows)
+        if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < batch_size:
             raise HypenetError(
-                f"batch_size {batch_size} does not divide over {hosts} hosts; make it a multiple of them"
+                f"rows are {list(rows)}; give places 0..{batch_size - 1} of the batch in ascending order"
             )
         self.packed, self.steps, self.workers = packed, steps, workers
         self.stop_token = start_token + steps * batch_size * seq_len
@@ -129,7 +124,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             grain.MapDataset.range(steps * batch_size)
             .shuffle(seed=seed)
             .batch(batch_size)
-            .map(_ReadRows(packed, seq_len, start_token, host, hosts))
+            .map(_ReadRows(packed, seq_len, start_token, rows))
         )
         self._step = 0
         self._running: grain.DatasetIterator | None = None
@@ -148,11 +143,11 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position and what identifies the stream, JSON-able; the same on every host."""
+        """The position and what identifies the stream, JSON-able; the same in every process."""
         return {"step": self._step, "stream": dict(self._stream)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `get_state` was taken, at once and at any number of hosts.
+        """Goes on where `get_state` was taken, at once and in any number of processes.
 
         Raises HypenetError where the state is of another stream or was taken with another number of workers.
         """

@@ -10,6 +10,7 @@ import numpy as np
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.token_nll import bind, padded_rows
+from hypenet_jax.parallel.processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def choice(model: Any, params: Any, choices: Choices, *, batch_size: int = 8) ->
             padded_rows(choices.segment_ids, start, batch_size, fill=-1),
         )
         mask_BT = padded_rows(choices.mask, start, batch_size)
-        nll_BT = np.where(mask_BT, np.asarray(nll_BT, np.float64), 0.0)
+        nll_BT = np.where(mask_BT, on_host(nll_BT).astype(np.float64), 0.0)
         means.append(nll_BT.sum(axis=1) / np.maximum(mask_BT.sum(axis=1), 1))
     mean_NO = np.concatenate(means)[: len(choices.tokens)].reshape(-1, choices.options)
     return float(np.mean(mean_NO[:, 0] < mean_NO[:, 1:].min(axis=1)))

@@ -17,6 +17,8 @@ import numpy as np
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.niah_samples import ANSWER_BUDGET, NiahSample, TextTokenizer, make_samples
+from hypenet_jax.parallel.activations import mesh_of
+from hypenet_jax.parallel.processes import on_host
 
 __all__ = ["ANSWER_BUDGET", "NiahSample", "NiahScore", "make_samples", "score", "score_forced"]
 
@@ -126,9 +128,12 @@ def _forced_pass(
             segments_BT[row, : len(ids)] = 0
             targets_BA[row, : len(answer)] = answer
             positions_BA[row, : len(answer)] = len(prompt) - 1 + np.arange(len(answer))
-        right_B = _answers_are_argmax(model, params, tokens_BT, segments_BT, positions_BA, targets_BA, prefill_chunk)
-        for row, i in enumerate(indices):
-            correct[i] = bool(right_B[row])
+        with mesh_of(params):
+            right_B = _answers_are_argmax(
+                model, params, tokens_BT, segments_BT, positions_BA, targets_BA, prefill_chunk
+            )
+        for i, right in zip(indices, on_host(right_B), strict=False):
+            correct[i] = bool(right)
     return correct
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.token_nll import bind, padded_rows
+from hypenet_jax.parallel.processes import on_host
 
 Windows = np.ndarray | Iterable[Mapping[str, np.ndarray]]
 
@@ -73,7 +74,7 @@ def window_loss(model: Any, params: Any, windows: Windows, batch_size: int, *, t
         if length > len(nll_T):
             nll_T = np.pad(nll_T, (0, length - len(nll_T)))
             count_T = np.pad(count_T, (0, length - len(count_T)))
-        np.add.at(nll_T, positions_BT[mask_BT], np.asarray(nll_BT, np.float64)[mask_BT])
+        np.add.at(nll_T, positions_BT[mask_BT], on_host(nll_BT).astype(np.float64)[mask_BT])
         np.add.at(count_T, positions_BT[mask_BT], 1)
     if not count_T.sum():
         raise HypenetError("the windows hold no token to predict; give at least one window of 2 tokens")

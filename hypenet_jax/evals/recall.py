@@ -10,6 +10,7 @@ import numpy as np
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.token_nll import bind, padded_rows
+from hypenet_jax.parallel.processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def recall(
             padded_rows(rows.targets, start, batch_size),
             padded_rows(rows.segment_ids, start, batch_size, fill=-1),
         )
-        ok_BT = np.asarray(ok_BT)
+        ok_BT = on_host(ok_BT)
         if whole:
             asked_B = mask_BT.any(axis=1)
             right += int(np.sum(asked_B & (ok_BT | ~mask_BT).all(axis=1)))

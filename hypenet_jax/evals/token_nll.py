@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypenet_jax.parallel.activations import sequence_shards
+from hypenet_jax.parallel.activations import mesh_of, sequence_shards
 
 # (tokens_BT, targets_BT, segment_ids_BT) -> (nll_BT float32 in nats, argmax_ok_BT bool)
 TokenNll = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -84,7 +84,8 @@ def bind(model_or_fn: Any, params: Any = None, token_chunk: int = 2048) -> Token
 
 
 def _call(model, params, token_chunk, tokens_BT, targets_BT, segment_ids_BT):
-    return token_nll(model, params, tokens_BT, targets_BT, segment_ids_BT, token_chunk=token_chunk)
+    with mesh_of(params):
+        return token_nll(model, params, tokens_BT, targets_BT, segment_ids_BT, token_chunk=token_chunk)
 
 
 def padded_rows(array: np.ndarray, start: int, batch_size: int, fill: int = 0) -> np.ndarray:

@@ -6,8 +6,8 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hypenet_jax.data.batches import StageBatches, document_windows
 from hypenet_jax.data.pack_meta import META
@@ -16,6 +16,8 @@ from hypenet_jax.data.sources import Document, read_documents
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import DataConfig
+from hypenet_jax.parallel.processes import first, own_rows
+from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.train.stage import StageConfig
 
 # What of a document decides whether it is held out.
@@ -87,7 +89,7 @@ def _packed(
 ) -> PackedTokens:
     """The wanted documents of the sources, packed into `directory`; HypenetError(otherwise) where there is none."""
     documents = (document for document in _documents(sources) if wanted(document.text))
-    pack(_some(documents, otherwise), tokenizer, directory, seed=seed, sources=(*sources, choice))
+    first(lambda: pack(_some(documents, otherwise), tokenizer, directory, seed=seed, sources=(*sources, choice)))
     return PackedTokens(directory, tokenizer)
 
 
@@ -99,8 +101,10 @@ def is_heldout(text: str, share: float) -> bool:
     return zlib.crc32(text[:HEAD_CHARACTERS].encode("utf-8", "surrogatepass")) < share * 2**32
 
 
-def stage_batches(packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int) -> StageBatches:
-    """This process's share of a stage's batches, from `start_token` of the endless stream on."""
+def stage_batches(
+    packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int, mesh: Mesh | None = None
+) -> StageBatches:
+    """A stage's batches, from `start_token` of the endless stream on; the rows of this process's devices on `mesh`."""
     return StageBatches(
         packed,
         seq_len=stage.seq_len,
@@ -108,8 +112,7 @@ def stage_batches(packed: PackedTokens, stage: StageConfig, start_token: int, se
         start_token=start_token,
         steps=stage.steps,
         seed=seed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        rows=None if mesh is None else own_rows(batch_sharding(mesh), stage.batch_size, stage.seq_len),
         workers=workers,
     )
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from hypenet_jax.evals.token_nll import padded_rows, project_nll
 from hypenet_jax.model import LanguageModel, stack
+from hypenet_jax.parallel.activations import mesh_of
+from hypenet_jax.parallel.processes import on_host
 
 
 def fit_scale(
@@ -45,7 +47,9 @@ def fit_scale(
             real = len(windows[start : start + batch_size])
             ids_BT = np.where(np.arange(batch_size)[:, None] < real, 0, -1) * np.ones_like(rows[:, :-1])
             scale = None if a is None else jnp.float32(a)
-            total += float(np.sum(np.asarray(total_nll(params, rows[:, :-1], rows[:, 1:], ids_BT, scale), np.float64)))
+            with mesh_of(params):
+                nll_B = total_nll(params, rows[:, :-1], rows[:, 1:], ids_BT, scale)
+            total += float(np.sum(on_host(nll_B).astype(np.float64)))
         return total / (len(windows) * (windows.shape[1] - 1))
 
     grid = sorted(float(a) for a in grid)

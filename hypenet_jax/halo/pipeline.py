@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hypenet_jax import hub
+from hypenet_jax.config import to_mapping
 from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
@@ -27,6 +28,7 @@ from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
+from hypenet_jax.parallel.processes import first, place
 from hypenet_jax.parallel.rules import param_shardings
 from hypenet_jax.train.checkpoint import load_params, read_latest
 from hypenet_jax.train.loop import train
@@ -70,7 +72,7 @@ def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: Report
     if teacher.tokenizer is None:
         raise HypenetError(f"the teacher {config.teacher} has no tokenizer.json; put one beside its weights")
     precheck.check_plan(config, teacher.config, mesh)
-    params = jax.device_put(params, param_shardings(teacher.param_axes(), params, mesh))
+    params = jax.tree.map(place, params, param_shardings(teacher.param_axes(), params, mesh))
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / DATA, reporter.message)
     precheck.check_text(config, teacher.tokenizer, text, heldout)
@@ -86,7 +88,8 @@ def run_all(run: Run) -> pathlib.Path:
     fit(run)
     export(run)
     evaluate(run)
-    report = write_report(run.workdir)
+    report = run.workdir / "report" / "index.html"
+    first(lambda: write_report(run.workdir))
     run.reporter.message(f"the report is {report}")
     return report
 
@@ -268,7 +271,7 @@ def _measure(run: Run) -> dict:
 
 def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, start_token: int) -> dict:
     stage: StageConfig = getattr(run.config, name)
-    batches = corpus.stage_batches(run.text, stage, start_token, run.config.seed, run.config.data.workers)
+    batches = corpus.stage_batches(run.text, stage, start_token, run.config.seed, run.config.data.workers, run.mesh)
     with timed(run.workdir, name):
         trained, _ = train(
             name=name,
@@ -282,6 +285,7 @@ def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, froz
             param_shardings=param_shardings(axes, params, run.mesh),
             model_info=config_to_dict(student.config),
             reporter=run.reporter,
+            config=to_mapping(run.config),
         )
     return trained
 

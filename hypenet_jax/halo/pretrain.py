@@ -22,6 +22,7 @@ from hypenet_jax.halo.workdir import DATA, claim, timed, write_json
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
+from hypenet_jax.parallel.processes import first, place
 from hypenet_jax.parallel.rules import param_shardings
 from hypenet_jax.train.loop import check_rows, train
 from hypenet_jax.train.metrics import ReporterLike
@@ -45,13 +46,14 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
             loss_fn=next_token_loss(trained, config.train.token_chunk),
             params=_start(model, config, shardings),
             frozen=None,
-            batches=corpus.stage_batches(text, config.train, 0, config.seed, config.data.workers),
+            batches=corpus.stage_batches(text, config.train, 0, config.seed, config.data.workers, mesh),
             stage=config.train,
             directory=path / "train",
             mesh=mesh,
             param_shardings=shardings,
             model_info=config_to_dict(trained.config),
             reporter=reporter,
+            config=dataclasses.asdict(config),
         )
     hub.save(model, params, path / "export")
     settings = config.evaluate
@@ -69,7 +71,8 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
         samples = suite.write_samples("model", model, params, tokenizer, settings.prompts, settings.new_tokens)
     found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
     write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
-    return write_report(path)
+    first(lambda: write_report(path))
+    return path / "report" / "index.html"
 
 
 def _start(model: LanguageModel, config: PretrainConfig, shardings) -> dict:
@@ -86,7 +89,7 @@ def _start(model: LanguageModel, config: PretrainConfig, shardings) -> dict:
     theirs = dataclasses.replace(other.config, bos_id=None, eos_ids=(), pad_id=None, max_position=0)
     if ours != theirs:
         raise HypenetError(f"start_from {config.start_from} is another network than `model`; give one of its sizes")
-    share = config.start_share
+    params, share = jax.tree.map(place, params, shardings), config.start_share
 
     def blend(old, new):
         return share * old + (1 - share) * new if new.ndim > 1 else old

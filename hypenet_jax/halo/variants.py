@@ -13,7 +13,8 @@ from hypenet_jax.evals.choice import Choices, choice
 from hypenet_jax.evals.recall import RecallRows, recall
 from hypenet_jax.evals.token_nll import project_nll
 from hypenet_jax.model import LanguageModel, mixers, stack
-from kernels_pallas.cross_entropy.api import linear_kl
+from hypenet_jax.parallel.activations import mesh_of
+from hypenet_jax.parallel.sharded_kernels import linear_kl
 
 
 def variant_hidden(teacher: LanguageModel, student: LanguageModel) -> Callable:
@@ -80,7 +81,7 @@ def measure(
         return project_nll(got, head, targets_BT, segment_ids_BT), kl
 
     def scores(replaced: Sequence[bool]) -> dict:
-        weights = (params, mixer_params, jnp.asarray(replaced))
+        weights = (params, mixer_params, np.asarray(replaced))
         divergences: list[tuple[float, float]] = []
 
         def recalled(tokens_BT, targets_BT, segment_ids_BT):
@@ -88,10 +89,11 @@ def measure(
             divergences.append((float(mean), float(count)))
             return found
 
-        found = {
-            "csr": choice(partial(nll, *weights), None, choices, batch_size=batch_size),
-            "recall": recall(recalled, None, recall_rows, batch_size=batch_size),
-        }
+        with mesh_of(params):
+            found = {
+                "csr": choice(partial(nll, *weights), None, choices, batch_size=batch_size),
+                "recall": recall(recalled, None, recall_rows, batch_size=batch_size),
+            }
         kls, counts = zip(*divergences, strict=True)
         return found | {"kl": float(np.average(kls, weights=counts))}
 

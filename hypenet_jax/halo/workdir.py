@@ -15,6 +15,7 @@ import jax
 
 from hypenet_jax import config as configs
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.processes import check_local, first
 from hypenet_jax.train.checkpoint import versions
 from hypenet_jax.train.stage import FREE_FIELDS
 
@@ -37,7 +38,13 @@ def claim(directory: str | os.PathLike, config: Any, free: tuple[str, ...] = FRE
     HypenetError when the directory holds something else, or a run of another config (naming the first field that
     differs).
     """
+    check_local(directory, "the work directory")
     path = pathlib.Path(directory)
+    first(lambda: _claim(path, config, free))
+    return path
+
+
+def _claim(path: pathlib.Path, config: Any, free: tuple[str, ...]) -> None:
     wanted = json.loads(json.dumps(configs.to_mapping(config)))
     if path.exists() and not path.is_dir():
         raise HypenetError(f"the work directory {path} is a file; choose another")
@@ -50,12 +57,15 @@ def claim(directory: str | os.PathLike, config: Any, free: tuple[str, ...] = FRE
         changed = configs.differences(before, wanted, free)
         if changed:
             raise HypenetError(f"the work directory {path} belongs to another run: {changed[0]}; choose another")
-    write_json(path / CONFIG, wanted)
-    return path
+    _write_json(path / CONFIG, wanted)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file beside its place and move it there."""
+    """Write a JSON file beside its place and move it there: process 0 does, and all go on when it is there."""
+    first(lambda: _write_json(path, value))
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + TEMPORARY)
@@ -80,9 +90,14 @@ def timed(workdir: pathlib.Path, step: str) -> Iterator[None]:
     """Add the seconds that the body takes to run.json, with the command, versions and device that ran it."""
     path, start = workdir / "run.json", time.monotonic()
     yield
-    run = read_json(path) if path.is_file() else {"seconds": {}}
-    run["command"] = " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
-    run["versions"] = versions()
-    run["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    run["seconds"][step] = round(run["seconds"].get(step, 0.0) + time.monotonic() - start, 1)
-    write_json(path, run)
+
+    def add() -> None:
+        run = read_json(path) if path.is_file() else {"seconds": {}}
+        run["command"] = " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+        run["versions"] = versions()
+        run["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        run["processes"] = jax.process_count()
+        run["seconds"][step] = round(run["seconds"].get(step, 0.0) + time.monotonic() - start, 1)
+        _write_json(path, run)
+
+    first(add)

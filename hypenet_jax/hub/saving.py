@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from hypenet_jax.errors import HypenetError
 from hypenet_jax.hub import params as parameters
 from hypenet_jax.hub.config_json import token_values
-from hypenet_jax.hub.directory import new_directory
+from hypenet_jax.hub.directory import check_replaceable, new_directory
 from hypenet_jax.hub.families import FAMILIES
 from hypenet_jax.hub.loading import check_vocabulary
 from hypenet_jax.hub.weights_out import MAX_SHARD_BYTES, write_weights
 from hypenet_jax.model import LanguageModel
+from hypenet_jax.parallel.processes import first, is_writer, on_writer
 
 
 def save(
@@ -35,7 +35,8 @@ def save(
 
     Args:
       model: its config's family decides the format ("qwen3", "llama" or "hypenet"); its tokenizer is written along.
-      params: the parameter tree, numpy or jax arrays.
+      params: the parameter tree, numpy or jax arrays. Arrays that lie over several processes are gathered one at a
+        time; then every process has to call this, and process 0 alone writes.
       directory: where to write.
       dtype: what the weights are stored in: "float32" (exact for float32 parameters), "bfloat16" or "float16".
       max_shard_bytes: the most bytes of values a safetensors file holds; one shard at a time is in memory.
@@ -55,23 +56,24 @@ def save(
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
-        return tensor.write(_on_host(parameters.lookup(params, tensor.path), tensor.path))
+        array = on_writer(parameters.lookup(params, tensor.path))
+        return np.empty(0) if array is None else tensor.write(array)
 
-    needed = sum(math.prod(shape) for shape in shapes.values()) * stored.itemsize
-    with new_directory(Path(directory), needed, {"family": config.family, "dtype": dtype}) as temporary:
-        _write_json(temporary / "config.json", values)
-        _write_json(temporary / "generation_config.json", {"_from_model_config": True, **token_values(config)})
-        write_weights(temporary, shapes, read, stored, max_shard_bytes)
-        if model.tokenizer is not None:
-            model.tokenizer.save(temporary)
+    def write() -> None:
+        needed = sum(math.prod(shape) for shape in shapes.values()) * stored.itemsize
+        with new_directory(Path(directory), needed, {"family": config.family, "dtype": dtype}) as temporary:
+            _write_json(temporary / "config.json", values)
+            _write_json(temporary / "generation_config.json", {"_from_model_config": True, **token_values(config)})
+            write_weights(temporary, shapes, read, stored, max_shard_bytes)
+            if model.tokenizer is not None:
+                model.tokenizer.save(temporary)
 
-
-def _on_host(array: Any, path: tuple[str, ...]) -> np.ndarray:
-    if not (getattr(array, "is_fully_addressable", True) or array.is_fully_replicated):
-        raise HypenetError(
-            f"parameter {'/'.join(path)} is spread over several hosts; save a checkpoint and export that on one host"
-        )
-    return np.asarray(array)
+    # What can be wrong with the place is said before the others begin to gather.
+    first(lambda: check_replaceable(Path(directory).resolve()))
+    if not is_writer():
+        for name in shapes:
+            read(name)
+    first(write)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from hypenet_jax.inference.sampling import Sampling, sample
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.parallel.activations import mesh_of
+from hypenet_jax.parallel.processes import on_host
 
 # Tokens a burst has room for. How many it decodes is an argument, so that one compilation serves all.
 BURST = 32
@@ -54,7 +55,7 @@ def decode(
         if steps:
             with mesh_of(params):
                 state, following = _burst(model, params, state, stops, seeds_B, steps, sampling)
-        tokens_BN = np.asarray(pending)[:, :width]
+        tokens_BN = on_host(pending)[:, :width]
         yield tokens_BN
         if not steps or (tokens_BN[:, -1] < 0).all():
             return

@@ -13,6 +13,12 @@ COORDINATOR, PROCESSES, PROCESS_ID = "HYPENET_COORDINATOR", "HYPENET_PROCESSES",
 # "auto" where a launcher knows that there are several processes and only JAX knows which: TPU VMs reached by ssh.
 CLUSTER = "HYPENET_CLUSTER"
 EXPLICIT = (COORDINATOR, PROCESSES, PROCESS_ID)
+# A process that has not been heard of for so long is taken for dead, and JAX then ends all the others.
+HEARTBEAT = "HYPENET_HEARTBEAT_SECONDS"
+HEARTBEAT_SECONDS = 30
+# How long the processes wait for each other at the start.
+JOIN = "HYPENET_JOIN_SECONDS"
+JOIN_SECONDS = 300
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
@@ -35,8 +41,9 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         return
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    arguments |= {"heartbeat_timeout_seconds": _whole_number(environment, HEARTBEAT, HEARTBEAT_SECONDS)}
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**arguments, initialization_timeout=_whole_number(environment, JOIN, JOIN_SECONDS))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         where = environment.get(COORDINATOR, "the cluster's coordinator")
@@ -71,5 +78,11 @@ def _explicit(environment: Mapping[str, str], given: list[str]) -> dict:
         "coordinator_address": environment[COORDINATOR],
         "num_processes": processes,
         "process_id": process,
-        "initialization_timeout": int(environment.get("HYPENET_JOIN_SECONDS", "300")),
     }
+
+
+def _whole_number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
+    value = environment.get(name, str(otherwise))
+    if not value.isdigit() or int(value) < 1:
+        raise HypenetError(f"{name} is {value!r}; give a whole number of seconds, at least 1")
+    return int(value)

@@ -14,10 +14,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jaxlib
 import optax
 import orbax.checkpoint as ocp
 
+from hypenet_jax import __version__
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.processes import check_local
 
 DIRECTORY = "checkpoints"
 JSON_NAME = "hypenet_checkpoint.json"
@@ -31,15 +34,18 @@ _T = TypeVar("_T")
 def versions() -> dict[str, str]:
     """The versions of what computed and wrote a checkpoint."""
     return {
+        "hypenet_jax": __version__,
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
         "optax": optax.__version__,
         "orbax": ocp.__version__,
     }
 
 
 def checkpoints_directory(directory: str | os.PathLike[str]) -> str:
-    """`checkpoints/` of a stage directory, or the directory itself when it is one."""
+    """`checkpoints/` of a stage directory, or the directory itself when it is one; HypenetError for a bucket."""
+    check_local(directory, "the checkpoint directory")
     directory = os.path.abspath(directory)
     inside = os.path.join(directory, DIRECTORY)
     return inside if os.path.isdir(inside) else directory

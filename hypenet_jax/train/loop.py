@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.parallel.mesh import row_axes
+from hypenet_jax.parallel.processes import check_local, own_rows, place_rows
+from hypenet_jax.parallel.processes import place as place_array
 from hypenet_jax.parallel.rules import batch_sharding, replicated
 from hypenet_jax.train.checkpoint import Checkpoints
 from hypenet_jax.train.metrics import ReporterLike
@@ -27,7 +29,7 @@ from hypenet_jax.train.step import LossFn, abstract_state, create_state, make_st
 class Batches(Protocol):
     """An endless iterator of batches whose position can be saved: dicts of numpy arrays [B, T, ...].
 
-    With several processes each yields its own rows of the same global batch.
+    With several processes each yields the rows of the same global batch that its devices hold (`processes.own_rows`).
     """
 
     def __next__(self) -> Mapping[str, np.ndarray]: ...
@@ -49,6 +51,7 @@ def train(
     model_info: dict[str, Any],
     reporter: ReporterLike,
     donate: bool = True,
+    config: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains `params`, or goes on where `directory` stopped; a finished stage returns at once.
 
@@ -69,6 +72,7 @@ def train(
       model_info: JSON-able config of the model, saved with every checkpoint and compared on resume.
       reporter: see `metrics.Reporter`.
       donate: the update reuses the memory of the state before it.
+      config: JSON-able config of the whole run, saved with every checkpoint for its reader; not compared.
 
     Returns:
       (params float32 on the mesh, summary {"name", "step", "resumed_from", "loss", "lr", "tokens", "seconds", ...}: the
@@ -79,6 +83,7 @@ def train(
         or stage, or unreadable ones.
       SystemExit: with EXIT_PREEMPTED, after SIGTERM; the state is saved.
     """
+    check_local(directory, f"the directory of stage {name}")
     directory = os.path.abspath(directory)
     check_rows(stage, mesh)
     if param_shardings is None:
@@ -112,7 +117,7 @@ def train(
                 with jax.set_mesh(mesh):
                     state, metrics = update(state, frozen, batch)
                 log.add(step, metrics)
-                preempted = preemption.requested(step)
+                preempted = preemption.requested()
                 if preempted or step % stage.checkpoint_every == 0 or step == stage.steps:
                     # Before saving, so that a checkpoint never holds parameters after a bad step.
                     log.write_all()
@@ -123,13 +128,21 @@ def train(
                         "stage": dataclasses.asdict(stage),
                         "data": batches.get_state(),
                         "metrics": log.last,
+                        "devices": _devices(mesh),
+                        "config": config,
                     }
                     checkpoints.save(step, state, about)
-                if preempted and step < stage.steps:
+                if preempted:
                     checkpoints.wait()
                     reporter.message(f"{name}: stopped at step {step} and saved; the same command continues")
                     raise SystemExit(EXIT_PREEMPTED)
     return state["params"], {"name": name, "resumed_from": first, **log.last}
+
+
+def _devices(mesh: Mesh) -> dict[str, Any]:
+    """What the numbers were computed on, JSON-able."""
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    return {"mesh": dict(mesh.shape), "processes": jax.process_count(), "kind": ", ".join(kinds)}
 
 
 def check_rows(stage: StageConfig, mesh: Mesh) -> None:
@@ -174,14 +187,14 @@ def _next_batch(batches: Batches, step: int, stage: StageConfig) -> Mapping[str,
 
 def _place_batch(batch: Mapping[str, np.ndarray], stage: StageConfig, mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as arrays over the whole mesh."""
-    rows = stage.batch_size // jax.process_count()
+    sharding = batch_sharding(mesh)
+    rows = len(own_rows(sharding, stage.batch_size, stage.seq_len))
     for key, array in batch.items():
         if array.shape[:2] != (rows, stage.seq_len):
             raise HypenetError(
                 f"batch array {key!r} has shape {array.shape}; the stage needs [{rows}, {stage.seq_len}] a process"
             )
-    sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()}
+    return {key: place_rows(array, sharding, stage.batch_size) for key, array in batch.items()}
 
 
 def _place_frozen(frozen: Any, mesh: Mesh) -> Any:
@@ -190,7 +203,7 @@ def _place_frozen(frozen: Any, mesh: Mesh) -> Any:
     def place(leaf: Any) -> jax.Array:
         sharding = getattr(leaf, "sharding", None)
         on_mesh = isinstance(sharding, NamedSharding) and sharding.device_set == set(mesh.devices.flat)
-        return leaf if on_mesh else jax.device_put(leaf, replicated(mesh))
+        return leaf if on_mesh else place_array(leaf, replicated(mesh))
 
     return jax.tree.map(place, frozen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from types import FrameType
@@ -11,6 +12,9 @@ from jax.experimental import multihost_utils
 
 # The exit code of a run that was asked to stop, saved its state and can be started again: EX_TEMPFAIL of sysexits.h.
 EXIT_PREEMPTED = 75
+
+# jax.distributed stops at the call after the latest that any process has made, so calls are counted over all stages.
+_calls = itertools.count(1)
 
 
 class Preemption:
@@ -40,8 +44,8 @@ class Preemption:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)  # type: ignore[arg-type]
             self._installed = False
 
-    def requested(self, step: int) -> bool:
-        """True when the run should save and stop after `step`; the same answer on every process."""
+    def requested(self) -> bool:
+        """True when the run should save and stop now; called once a step, the same answer on every process."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(_calls))
         return self._signalled.is_set()

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hypenet_jax.parallel.processes import place
 from hypenet_jax.parallel.rules import batch_sharding, replicated
 from hypenet_jax.train.optim import learning_rate, make_optimizer
 from hypenet_jax.train.stage import StageConfig
@@ -51,12 +53,12 @@ def create_state(params: Any, stage: StageConfig, abstract: dict[str, Any]) -> d
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     masters = jax.tree.map(
-        lambda p, sharding: jax.device_put(p.astype(jnp.float32), sharding, may_alias=False),
+        lambda p, sharding: place(p.astype(jnp.float32), sharding, may_alias=False),
         params,
         shardings["params"],
     )
     init = jax.jit(make_optimizer(stage).init, out_shardings=shardings["opt_state"])
-    step = jax.device_put(jnp.zeros((), jnp.int32), shardings["step"])
+    step = place(np.zeros((), np.int32), shardings["step"])
     return {"params": masters, "opt_state": init(masters), "step": step}
 
 

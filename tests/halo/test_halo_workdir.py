@@ -96,3 +96,10 @@ def test_seconds_add_up_over_runs(tmp_path):
         raise ValueError
     run = read_json(tmp_path / "run.json")
     assert run["seconds"].keys() == {"align"} and "jax" in run["versions"]
+
+
+def test_a_bucket_is_no_work_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HypenetError, match="gs://bucket/run, a bucket.*gcsfuse bucket"):
+        claim("gs://bucket/run", CONFIG)
+    assert not list(tmp_path.iterdir())

@@ -53,6 +53,24 @@ def test_nothing_to_load_is_a_sentence(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
+def test_a_checkpoint_says_what_made_it(tmp_path):
+    run(tmp_path, make_stage(steps=4), mesh=make_mesh({"fsdp": 4, "tensor": 2}), sharded=True, config={"seed": 3})
+    about = read_latest(tmp_path)
+    assert about["versions"]["jax"] == jax.__version__ and "hypenet_jax" in about["versions"]
+    assert about["devices"]["mesh"] == {"data": 1, "fsdp": 4, "seq": 1, "tensor": 2}
+    assert about["devices"]["processes"] == 1 and about["config"] == {"seed": 3}
+    assert about["data"] == {"position": 4} and about["stage"]["steps"] == 4 and about["model"] == MODEL
+
+
+def test_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HypenetError, match="gs://b/run, a bucket.*gcsfuse b "):
+        run("gs://b/run")
+    with pytest.raises(HypenetError, match="a bucket"):
+        load_params("gs://b/run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_lies_in_the_checkpoint(finished):
     assert (finished[0] / "checkpoints" / "12" / "data" / JSON_NAME).is_file()
 
