@@ -142,6 +142,9 @@ class ConvertConfig:
     dtype: str = "bfloat16"
     remat: bool = True
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Logical axis of parameters -> mesh axes, where they differ from the table of parallel/rules.py.
+    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # the student's
+    teacher_rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
@@ -194,6 +197,7 @@ class PretrainConfig:
     dtype: str = "bfloat16"
     remat: bool = False
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # see ConvertConfig
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
