@@ -29,7 +29,7 @@ from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
 from hypenet_jax.parallel.processes import first, place
-from hypenet_jax.parallel.rules import param_shardings
+from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.checkpoint import load_params, read_latest
 from hypenet_jax.train.loop import train
 from hypenet_jax.train.metrics import ReporterLike
@@ -72,7 +72,9 @@ def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: Report
     if teacher.tokenizer is None:
         raise HypenetError(f"the teacher {config.teacher} has no tokenizer.json; put one beside its weights")
     precheck.check_plan(config, teacher.config, mesh)
-    params = jax.tree.map(place, params, param_shardings(teacher.param_axes(), params, mesh))
+    with precheck.section("teacher_rules"):
+        shardings = param_shardings(teacher.param_axes(), params, mesh, rules_of(config.teacher_rules))
+    params = jax.tree.map(place, params, shardings)
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / DATA, reporter.message)
     precheck.check_text(config, teacher.tokenizer, text, heldout)
@@ -282,7 +284,7 @@ def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, froz
             stage=stage,
             directory=run.workdir / name,
             mesh=run.mesh,
-            param_shardings=param_shardings(axes, params, run.mesh),
+            param_shardings=param_shardings(axes, params, run.mesh, rules_of(run.config.rules)),
             model_info=config_to_dict(student.config),
             reporter=run.reporter,
             config=to_mapping(run.config),
@@ -305,4 +307,4 @@ def _finished(run: Run, name: str) -> dict:
     else:
         student = student_of(run)
         axes, shapes = student.param_axes(), student.param_shapes()
-    return load_params(directory, param_shardings(axes, shapes, run.mesh))[1]
+    return load_params(directory, param_shardings(axes, shapes, run.mesh, rules_of(run.config.rules)))[1]

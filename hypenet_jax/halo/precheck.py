@@ -14,7 +14,8 @@ from hypenet_jax.evals import suite
 from hypenet_jax.halo import corpus, select, transfer
 from hypenet_jax.halo.probes import probes
 from hypenet_jax.halo.settings import ConvertConfig, EvaluateConfig
-from hypenet_jax.model import ModelConfig
+from hypenet_jax.model import LanguageModel, ModelConfig
+from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.loop import check_rows
 
 STAGES = ("align", "distill", "finetune")
@@ -26,7 +27,10 @@ def check_plan(config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> None:
         with section(name):
             check_rows(getattr(config, name), mesh)
     with section("student"):
-        transfer.student_of(teacher, config.student.attention_layers or (), config.student.position)
+        student = transfer.student_of(teacher, config.student.attention_layers or (), config.student.position)
+    with section("rules"):
+        model = LanguageModel(student)
+        param_shardings(model.param_axes(), model.param_shapes(), mesh, rules_of(config.rules))
     with section("select"):
         settings, num_layers = config.select, teacher.num_layers
         if config.student.attention_layers is None and settings.scores is not None:

@@ -15,7 +15,7 @@ from hypenet_jax.evals import suite
 from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo import corpus
 from hypenet_jax.halo.finetune import next_token_loss
-from hypenet_jax.halo.precheck import check_evaluation
+from hypenet_jax.halo.precheck import check_evaluation, section
 from hypenet_jax.halo.settings import NetworkConfig, PretrainConfig
 from hypenet_jax.halo.transfer import student_of
 from hypenet_jax.halo.workdir import DATA, claim, timed, write_json
@@ -23,7 +23,7 @@ from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
 from hypenet_jax.parallel.processes import first, place
-from hypenet_jax.parallel.rules import param_shardings
+from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.loop import check_rows, train
 from hypenet_jax.train.metrics import ReporterLike
 
@@ -36,10 +36,11 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
     model = LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, tokenizer, config.exchange)
     trained = model.with_logits_scaling(None)
     check_rows(config.train, mesh)
+    with section("rules"):
+        shardings = param_shardings(model.param_axes(), model.param_shapes(), mesh, rules_of(config.rules))
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
     check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
-    shardings = param_shardings(model.param_axes(), model.param_shapes(), mesh)
     with timed(path, "train"):
         params, _ = train(
             name="train",

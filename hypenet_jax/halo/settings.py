@@ -144,6 +144,9 @@ class ConvertConfig:
     remat: bool = True
     exchange: str = "auto"  # where the mesh splits positions, how attention gets at other devices' keys
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Logical axis of parameters -> mesh axes, where they differ from the table of parallel/rules.py.
+    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # the student's
+    teacher_rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
@@ -198,6 +201,7 @@ class PretrainConfig:
     remat: bool = False
     exchange: str = "auto"
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # see ConvertConfig
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))

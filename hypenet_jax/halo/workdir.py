@@ -25,6 +25,8 @@ TEMPORARY = ".tmp"
 FREE = (
     "evaluate",
     "mesh",
+    "rules",
+    "teacher_rules",
     "remat",
     "exchange",
     *(f"{stage}.{field}" for stage in ("align", "distill", "finetune", "train") for field in FREE_FIELDS),

@@ -50,6 +50,24 @@ def changed_rules(**changes: Sequence[str]) -> Rules:
     return {**RULES, **{name: tuple(axes) for name, axes in changes.items()}}
 
 
+# What the rules of a config may change: how one model's parameters lie. Activations always follow RULES.
+PARAMETER_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm")
+
+
+def rules_of(changes: Mapping[str, Sequence[str]]) -> Rules:
+    """`changed_rules` as a config gives them, for parameters alone.
+
+    Raises:
+      HypenetError: a logical axis that no parameter has.
+    """
+    for name in changes:
+        if name not in PARAMETER_AXES:
+            raise HypenetError(
+                f"the sharding rule {name!r} is used by no parameter; their logical axes are {', '.join(PARAMETER_AXES)}"
+            )
+    return changed_rules(**changes)
+
+
 def partition_spec(axes: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, what: str = "array") -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes; None is an axis that is never split.
 

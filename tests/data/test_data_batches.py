@@ -1,4 +1,4 @@
-"""A stage sees each token of its range once, whatever the hosts; a position is saved and set exactly."""
+"""A stage sees each token of its range once, whoever reads them; a position is saved and set exactly."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def test_batches_of_text(packed):
         np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_the_same_global_batches(packed, hosts):
-    parts = [stage(packed, host=host, hosts=hosts) for host in range(hosts)]
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 3], [1], [2]], [[0, 1, 2, 3], [1, 2]]])
+def test_processes_read_their_rows_of_the_same_global_batches(packed, shares):
+    parts = [(rows, stage(packed, rows=rows)) for rows in shares]
     for whole in stage(packed):
-        shares = [next(part) for part in parts]
-        assert_same(whole, {name: np.concatenate([share[name] for share in shares]) for name in whole})
+        for rows, part in parts:
+            assert_same(next(part), {name: array[rows] for name, array in whole.items()})
 
 
 @pytest.mark.parametrize("step", [0, 1, 7, 10])
@@ -123,13 +123,13 @@ def test_resume_equals_uninterrupted(packed, step):
         assert_same(left, right)
 
 
-def test_resume_at_another_number_of_hosts(packed):
+def test_resume_in_another_number_of_processes(packed):
     first = stage(packed)
     whole = list(first)
     half = stage(packed)
     for _ in range(4):
         next(half)
-    parts = [stage(packed, host=host, hosts=2) for host in range(2)]
+    parts = [stage(packed, rows=rows) for rows in ([0, 1], [2, 3])]
     for part in parts:
         part.set_state(half.get_state())
     shares = [next(part) for part in parts]
@@ -169,9 +169,9 @@ def test_a_position_in_other_data_is_refused(packed, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"hosts": 3}, "batch_size 4 does not divide over 3 hosts"),
-        ({"hosts": 2, "host": 2}, "host is 2"),
-        ({"hosts": 0}, "hosts is 0"),
+        ({"rows": [3, 4]}, r"rows are \[3, 4\]; give places 0..3"),
+        ({"rows": [1, 0]}, r"rows are \[1, 0\]"),
+        ({"rows": []}, r"rows are \[\]"),
         ({"seq_len": 0}, "seq_len is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"start_token": -1}, "start_token is -1"),
