@@ -1,5 +1,6 @@
-"""The toy training as one of several processes: `python processes_toy.py DIRECTORY MESH STEPS STOP`, STOP being the last
-step, where a stage of so many more steps is cut off (0: nowhere)."""
+"""The toy training as one of several processes: `python processes_toy.py DIRECTORY MESH STEPS STOP`.
+
+STOP is the last step, where a stage of so many more steps is cut off (0: nowhere)."""
 
 import contextlib
 import json
