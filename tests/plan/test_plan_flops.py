@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import hypenet_jax as hn
+from hypenet_jax.halo.align import alignment_loss, mixers_of
 from hypenet_jax.halo.distill import distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.halo.transfer import student_of
@@ -33,13 +34,20 @@ def whole_square(config, passes):
     return passes * layers * 2 * LENGTH * LENGTH * config.num_heads * config.head_dim
 
 
-@pytest.mark.parametrize("stage", ["distill", "finetune"])
+@pytest.mark.parametrize("stage", ["align", "distill", "finetune"])
 def test_a_training_step_has_the_operations_that_xla_counts(stage):
-    teacher, student = (hn.LanguageModel(config) for config in (TEACHER, STUDENT))
-    loss = distillation_loss(teacher, student, LENGTH) if stage == "distill" else next_token_loss(student, LENGTH)
-    arguments = (student.param_shapes(), teacher.param_shapes(), BATCH)
-    xla = counted(jax.value_and_grad(loss, has_aux=True), *arguments)
-    ours = LENGTH * flops.training_flops(stage, TEACHER, STUDENT, LENGTH, remat=False)
+    """Also that XLA finds no work to do beyond the closed form's: no logits in stage 1, no teacher's gradient."""
+    config = student_of(TEACHER, (), "hype") if stage == "align" else STUDENT
+    teacher, student = hn.LanguageModel(TEACHER), hn.LanguageModel(config)
+    losses = {
+        "align": alignment_loss(teacher, student),
+        "distill": distillation_loss(teacher, student, LENGTH),
+        "finetune": next_token_loss(student, LENGTH),
+    }
+    trained = student.param_shapes()
+    trained = mixers_of(trained, config.num_layers) if stage == "align" else trained
+    xla = counted(jax.value_and_grad(losses[stage], has_aux=True), trained, teacher.param_shapes(), BATCH)
+    ours = LENGTH * flops.training_flops(stage, TEACHER, config, LENGTH, remat=False)
     # Norms, RoPE, softmax, gates and the chunks' masks are XLA's alone: a tenth at these widths.
     assert 0.9 * xla < ours < 1.05 * xla, ours / xla
 
@@ -61,6 +69,20 @@ def test_what_makes_a_step_dearer():
     assert cost("finetune", length=2 * LENGTH) - cost("finetune") == pytest.approx(3.5 * longer)
     rnn = student_of(TEACHER, (), "hype")
     assert cost("finetune", rnn, length=2 * LENGTH) == cost("finetune", rnn)
+
+
+def test_what_mfu_counts():
+    """Nothing twice: backward is twice forward wherever the input needs a gradient."""
+    matrices = sum(flops._matrices(STUDENT, layer) for layer in range(2))
+    mixing = sum(flops._mixing(STUDENT, layer, LENGTH)[0] for layer in range(2))
+    head = 256 * 512
+    assert flops.model_flops("finetune", TEACHER, STUDENT, LENGTH) == pytest.approx(6 * (matrices + head) + 3 * mixing)
+    teachers = flops.forward_flops(TEACHER, LENGTH, head=True)
+    both = flops.model_flops("distill", TEACHER, STUDENT, LENGTH)
+    assert both == pytest.approx(6 * (matrices + head) + 3 * mixing + teachers)
+    # Attention is linear in the length, so that documents of several lengths count by their mean.
+    ends = [flops.model_flops("finetune", TEACHER, STUDENT, length) for length in (256, 1024)]
+    assert flops.model_flops("finetune", TEACHER, STUDENT, 640.0) == pytest.approx(sum(ends) / 2)
 
 
 def test_the_published_sizes_have_the_parameters_of_their_names():
