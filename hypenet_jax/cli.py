@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import pathlib
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
             f"{arguments.config} is a config for {kind}; hypenet {arguments.command} needs the other kind"
         )
     if isinstance(config, PretrainConfig):
-        reporter.message(f"the report is {pretrain(config, arguments.workdir, reporter)}")
+        reporter.message(f"the report is {pretrain(config, arguments.workdir, reporter, _whole_run(arguments))}")
         return
     steps: dict[str, Callable] = {
         "convert": pipeline.run_all,
@@ -168,7 +169,14 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "export": pipeline.export,
         "evaluate": pipeline.evaluate,
     }
-    steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter))
+    steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter, _whole_run(arguments)))
+
+
+def _whole_run(arguments: argparse.Namespace) -> str:
+    """The command that does everything that this one is a part of, for the model card."""
+    whole = "pretrain" if arguments.command == "pretrain" else "convert"
+    words = ["hypenet", whole, "--config", arguments.config, "--workdir", arguments.workdir]
+    return shlex.join([*words, *(word for setting in arguments.set for word in ("--set", setting))])
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -208,9 +216,11 @@ def _bench_train(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     from hypenet_jax import hub
+    from hypenet_jax.hub.card import short_card, source_of
 
     model, params = hub.load(arguments.source)
-    hub.save(model, params, arguments.directory, dtype=arguments.dtype)
+    card = short_card(model.config, arguments.dtype, source_of(arguments.source))
+    hub.save(model, params, arguments.directory, dtype=arguments.dtype, card=card)
     config = model.config
     print(
         f"{arguments.directory}: {config.family}, {config.num_layers} layers of width {config.hidden_size}, "

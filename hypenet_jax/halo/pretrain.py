@@ -12,6 +12,7 @@ from hypenet_jax import hub
 from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
+from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo import corpus
 from hypenet_jax.halo.finetune import next_token_loss
@@ -19,6 +20,7 @@ from hypenet_jax.halo.precheck import check_evaluation
 from hypenet_jax.halo.settings import NetworkConfig, PretrainConfig
 from hypenet_jax.halo.transfer import student_of
 from hypenet_jax.halo.workdir import DATA, claim, timed, write_json
+from hypenet_jax.hub.card import CARD, replace_card
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
@@ -27,7 +29,9 @@ from hypenet_jax.train.loop import check_rows, train
 from hypenet_jax.train.metrics import ReporterLike
 
 
-def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> pathlib.Path:
+def pretrain(
+    config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike, command: str | None = None
+) -> pathlib.Path:
     """Train, export to W/export, evaluate into W/eval.json, report. Resumable like every stage; returns the report."""
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
@@ -53,7 +57,8 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
             model_info=config_to_dict(trained.config),
             reporter=reporter,
         )
-    hub.save(model, params, path / "export")
+    export = path / "export"
+    hub.save(model, params, export, card=run_card(path, model.config, "float32", command))
     settings = config.evaluate
     with timed(path, "evaluate"):
         measured = suite.evaluate_model(
@@ -69,6 +74,8 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
         samples = suite.write_samples("model", model, params, tokenizer, settings.prompts, settings.new_tokens)
     found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
     write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
+    if not replace_card(export, run_card(path, model.config, "float32", command)):
+        reporter.message(f"{export / CARD} was edited and is left as it is")
     return write_report(path)
 
 

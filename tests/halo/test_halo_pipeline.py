@@ -82,7 +82,10 @@ def test_step_by_step_is_the_same_to_the_bit(finished, convert_config, tmp_path,
     for step in STEPS:
         assert main([step, "--config", str(convert_config), "--workdir", str(tmp_path / "run")]) == 0
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert contents(tmp_path / "run" / "export") == contents(finished / "export")
+    step_by_step, at_once = (contents(run / "export") for run in (tmp_path / "run", finished))
+    # The cards differ in the clock and in the work directory that the command names.
+    assert step_by_step.pop("README.md") != at_once.pop("README.md")
+    assert step_by_step == at_once
     for name in ("select.json", "fit_scale.json", "eval.json"):
         assert read_json(tmp_path / "run" / name) == read_json(finished / name), name
     for stage in STAGES:
