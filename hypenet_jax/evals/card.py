@@ -56,7 +56,7 @@ def _origin(teacher: str | None) -> str:
     if teacher is None:
         return "A language model trained from random parameters by hypenet_jax."
     return (
-        f"A hybrid of softmax attention and Lightning (linear) attention, made of the teacher {teacher} by HALO "
+        f"A hybrid of softmax attention and Lightning (linear) attention, made of the teacher `{teacher}` by HALO "
         "(arXiv 2601.22156) with hypenet_jax: weight transfer, alignment, layer selection, distillation, long-context "
         "finetune, and a fit of the attention scaling."
     )
