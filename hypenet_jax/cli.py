@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import pathlib
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -32,8 +33,8 @@ REFUSALS = (
 COMMANDS = {
     "doctor": ("versions, devices, which kernels work here, and a numerical self-check", "hypenet doctor"),
     "bench": (
-        "measure the kernels against this machine's ceilings and the peers installed here",
-        "hypenet bench kernels --only lightning decode --json kernels.json",
+        "measure the kernels, or training steps, against this machine's ceilings and the peers installed here",
+        "hypenet bench train --config configs/bench_2b.py --stage distill --json distill.json",
     ),
     "import": (
         "read a Hugging Face directory or a GGUF file, check it, and write a Hugging Face directory",
@@ -156,7 +157,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
             f"{arguments.config} is a config for {kind}; hypenet {arguments.command} needs the other kind"
         )
     if isinstance(config, PretrainConfig):
-        reporter.message(f"the report is {pretrain(config, arguments.workdir, reporter)}")
+        reporter.message(f"the report is {pretrain(config, arguments.workdir, reporter, _whole_run(arguments))}")
         return
     steps: dict[str, Callable] = {
         "convert": pipeline.run_all,
@@ -168,7 +169,14 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "export": pipeline.export,
         "evaluate": pipeline.evaluate,
     }
-    steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter))
+    steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter, _whole_run(arguments)))
+
+
+def _whole_run(arguments: argparse.Namespace) -> str:
+    """The command that does everything that this one is a part of, for the model card."""
+    whole = "pretrain" if arguments.command == "pretrain" else "convert"
+    words = ["hypenet", whole, "--config", arguments.config, "--workdir", arguments.workdir]
+    return shlex.join([*words, *(word for setting in arguments.set for word in ("--set", setting))])
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -179,22 +187,40 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from hypenet_jax.halo.workdir import write_json
-    from kernels_pallas.bench import bench
-
     path = arguments.json and pathlib.Path(arguments.json)
     if path and (path.exists() or not path.parent.is_dir()):
         raise HypenetError(f"cannot write {path}: it exists, or its directory does not; name a new file")
+    if arguments.what == "train":
+        _bench_train(arguments)
+        return
+    from hypenet_jax.halo.workdir import write_json
+    from kernels_pallas.bench import bench
+
     result = bench(tuple(arguments.only), small=arguments.small or None, say=partial(print, flush=True))
     if path:
         write_json(path, result)
 
 
+def _bench_train(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.plan.bench import bench_train
+
+    bench_train(
+        _conversion(arguments),
+        arguments.stage,
+        arguments.steps,
+        documents=arguments.documents,
+        json_file=arguments.json,
+        say=partial(print, flush=True),
+    )
+
+
 def _import(arguments: argparse.Namespace) -> None:
     from hypenet_jax import hub
+    from hypenet_jax.hub.card import short_card, source_of
 
     model, params = hub.load(arguments.source)
-    hub.save(model, params, arguments.directory, dtype=arguments.dtype)
+    card = short_card(model.config, arguments.dtype, source_of(arguments.source))
+    hub.save(model, params, arguments.directory, dtype=arguments.dtype, card=card)
     config = model.config
     print(
         f"{arguments.directory}: {config.family}, {config.num_layers} layers of width {config.hidden_size}, "
@@ -343,11 +369,7 @@ def _parser() -> argparse.ArgumentParser:
         added[name].add_argument(
             "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a config value"
         )
-    kernels = ("lightning", "attention", "decode", "linear_kl")
-    added["bench"].add_argument("what", choices=("kernels",))
-    added["bench"].add_argument("--only", nargs="+", choices=kernels, default=kernels, help="some of the kernels")
-    added["bench"].add_argument("--small", action="store_true", help="small shapes, in seconds; always so on a CPU")
-    added["bench"].add_argument("--json", metavar="FILE", help="write the measurements there as well")
+    _add_bench(added["bench"])
     added["import"].add_argument("source", help="Hugging Face directory, GGUF file or a stage's directory")
     added["import"].add_argument("directory", help="the Hugging Face directory to write")
     added["import"].add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -370,6 +392,32 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--max-len", type=int, help="slots of the cache; by default as many as are needed")
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="what")
+    kernels = kinds.add_parser("kernels", help="the kernels, at the shapes of HypeNet's training and decoding")
+    train = kinds.add_parser("train", help="steps of a conversion's stages, with random weights and documents")
+    names = ("lightning", "attention", "decode", "linear_kl")
+    kernels.add_argument("--only", nargs="+", choices=names, default=names, help="some of the kernels")
+    kernels.add_argument("--small", action="store_true", help="small shapes, in seconds; always so on a CPU")
+    train.add_argument("--config", required=True, help="a Python program that defines get_config()")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a config value"
+    )
+    stages = ("align", "distill", "finetune")
+    train.add_argument("--stage", nargs="+", choices=stages, default=stages, help="some of the stages")
+    train.add_argument("--steps", type=int, default=10, help="measured steps of each, after a warm-up")
+    train.add_argument(
+        "--documents",
+        nargs="+",
+        type=int,
+        default=[1000],
+        metavar="TOKENS",
+        help="tokens a document on average, each measured; 0: every row is one document",
+    )
+    for kind in (kernels, train):
+        kind.add_argument("--json", metavar="FILE", help="write the measurements there as well")
 
 
 def _add_planning(plan: argparse.ArgumentParser, scaling: argparse.ArgumentParser) -> None:

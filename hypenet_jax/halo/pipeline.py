@@ -16,6 +16,7 @@ from hypenet_jax.config import to_mapping
 from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
+from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo import corpus, precheck, select, transfer, variants
 from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
@@ -25,6 +26,7 @@ from hypenet_jax.halo.fit_scale import fit_scale
 from hypenet_jax.halo.probes import probes
 from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
+from hypenet_jax.hub.card import CARD, replace_card
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
@@ -35,6 +37,7 @@ from hypenet_jax.train.loop import train
 from hypenet_jax.train.metrics import ReporterLike
 from hypenet_jax.train.stage import StageConfig
 
+EXPORT, EXPORT_DTYPE = "export", "float32"
 # Tokens that the calibrated start measures output norms on.
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 512
 
@@ -51,6 +54,7 @@ class Run:
     text: PackedTokens
     heldout: PackedTokens
     reporter: ReporterLike
+    command: str | None = None  # what does the whole run again, for the model card
 
     @property
     def tokenizer(self):
@@ -63,7 +67,9 @@ class Run:
         return jax.tree.map(lambda leaf: leaf.astype(self.config.dtype), self.teacher_params)
 
 
-def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> Run:
+def open_run(
+    config: ConvertConfig, workdir: str | os.PathLike, reporter: ReporterLike, command: str | None = None
+) -> Run:
     """Check everything that can be wrong before any work: mesh, teacher, directory, text."""
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
@@ -78,7 +84,7 @@ def open_run(config: ConvertConfig, workdir: str | os.PathLike, reporter: Report
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / DATA, reporter.message)
     precheck.check_text(config, teacher.tokenizer, text, heldout)
-    return Run(config, path, mesh, teacher, params, text, heldout, reporter)
+    return Run(config, path, mesh, teacher, params, text, heldout, reporter, command)
 
 
 def run_all(run: Run) -> pathlib.Path:
@@ -167,10 +173,10 @@ def fit(run: Run) -> float:
 
 
 def export(run: Run) -> pathlib.Path:
-    """The student with its fitted scaling as a Hugging Face directory, W/export."""
+    """The student with its fitted scaling and its model card as a Hugging Face directory, W/export."""
     student, params = finished_student(run)
-    directory = run.workdir / "export"
-    hub.save(student, params, directory)
+    directory = run.workdir / EXPORT
+    hub.save(student, params, directory, EXPORT_DTYPE, card=_card(run, student))
     run.reporter.message(f"export  {directory}")
     return directory
 
@@ -213,6 +219,7 @@ def evaluate(run: Run) -> dict:
                     name, model, params, run.tokenizer, settings.prompts, settings.new_tokens
                 )
         write_json(path, found)
+    first(lambda: _renew_card(run, student))
     return found
 
 
@@ -236,6 +243,17 @@ def finished_student(run: Run) -> tuple[LanguageModel, dict]:
     """The student after stage 3, with the fitted scaling where positions need it."""
     fitted = read_json(run.workdir / "fit_scale.json")["a"]
     return student_of(run).with_logits_scaling(fitted), _finished(run, "finetune")
+
+
+def _card(run: Run, student: LanguageModel) -> str:
+    return run_card(run.workdir, student.config, EXPORT_DTYPE, run.command)
+
+
+def _renew_card(run: Run, student: LanguageModel) -> None:
+    """The scores into the card of the export, where there is one; a card that somebody has edited stays."""
+    directory = run.workdir / EXPORT
+    if directory.is_dir() and not replace_card(directory, _card(run, student)):
+        run.reporter.message(f"evaluate  {directory / CARD} was edited and is left as it is")
 
 
 def _transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:

@@ -12,6 +12,7 @@ from hypenet_jax import hub
 from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
+from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo import corpus
 from hypenet_jax.halo.finetune import next_token_loss
@@ -19,6 +20,7 @@ from hypenet_jax.halo.precheck import check_evaluation, section
 from hypenet_jax.halo.settings import NetworkConfig, PretrainConfig
 from hypenet_jax.halo.transfer import student_of
 from hypenet_jax.halo.workdir import DATA, claim, timed, write_json
+from hypenet_jax.hub.card import CARD, replace_card
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
@@ -28,7 +30,9 @@ from hypenet_jax.train.loop import check_rows, train
 from hypenet_jax.train.metrics import ReporterLike
 
 
-def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike) -> pathlib.Path:
+def pretrain(
+    config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike, command: str | None = None
+) -> pathlib.Path:
     """Train, export to W/export, evaluate into W/eval.json, report. Resumable like every stage; returns the report."""
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
@@ -56,7 +60,8 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
             reporter=reporter,
             config=dataclasses.asdict(config),
         )
-    hub.save(model, params, path / "export")
+    export = path / "export"
+    hub.save(model, params, export, card=run_card(path, model.config, "float32", command))
     settings = config.evaluate
     with timed(path, "evaluate"):
         measured = suite.evaluate_model(
@@ -72,8 +77,14 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
         samples = suite.write_samples("model", model, params, tokenizer, settings.prompts, settings.new_tokens)
     found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
     write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
-    first(lambda: write_report(path))
+    first(lambda: _card_and_report(path, run_card(path, model.config, "float32", command), reporter))
     return path / "report" / "index.html"
+
+
+def _card_and_report(path: pathlib.Path, card: str, reporter: ReporterLike) -> None:
+    if not replace_card(path / "export", card):
+        reporter.message(f"{path / 'export' / CARD} was edited and is left as it is")
+    write_report(path)
 
 
 def _start(model: LanguageModel, config: PretrainConfig, shardings) -> dict:

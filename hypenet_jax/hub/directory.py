@@ -69,6 +69,34 @@ def check_replaceable(target: Path) -> None:
         )
 
 
+def list_file(directory: Path, name: str) -> None:
+    """Add a file to those that the marker of an export names; nothing where it does already."""
+    path = directory / MARKER
+    marker = json.loads(path.read_text(encoding="utf-8"))
+    if name in marker["files"]:
+        return
+    marker["files"] = sorted([*marker["files"], name])
+    replace_file(path, json.dumps(marker, indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file of an export beside the export and move it to its place, whole or not at all."""
+    directory = path.parent.resolve()
+    aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The process's umask, which can be read by setting it alone."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
 def _read_marker(path: Path) -> list[str] | None:
     """The files of a previous export, or None where there is no marker of ours."""
     try:

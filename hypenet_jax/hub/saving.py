@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hypenet_jax.hub import params as parameters
+from hypenet_jax.hub.card import CARD, kept_card, short_card
 from hypenet_jax.hub.config_json import token_values
 from hypenet_jax.hub.directory import check_replaceable, new_directory
 from hypenet_jax.hub.families import FAMILIES
@@ -28,10 +29,12 @@ def save(
     dtype: str = "float32",
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
-    """Write config.json, safetensors, tokenizer files, generation_config.json and a marker file.
+    """Write config.json, safetensors, tokenizer files, generation_config.json, a model card and a marker file.
 
-    The directory appears whole or not at all. An empty directory and a previous export of ours are replaced.
+    The directory appears whole or not at all. An empty directory and a previous export of ours are replaced; a card
+    that was edited there is kept.
 
     Args:
       model: its config's family decides the format ("qwen3", "llama" or "hypenet"); its tokenizer is written along.
@@ -40,6 +43,7 @@ def save(
       directory: where to write.
       dtype: what the weights are stored in: "float32" (exact for float32 parameters), "bfloat16" or "float16".
       max_shard_bytes: the most bytes of values a safetensors file holds; one shard at a time is in memory.
+      card: README.md as `hub.card.card` makes it; None writes a short one.
 
     Raises:
       HypenetError: a tree that is not the model's, a network that the family cannot hold, a tokenizer larger than
@@ -60,10 +64,12 @@ def save(
         return np.empty(0) if array is None else tensor.write(array)
 
     def write() -> None:
+        text = kept_card(Path(directory)) or card or short_card(config, dtype)
         needed = sum(math.prod(shape) for shape in shapes.values()) * stored.itemsize
         with new_directory(Path(directory), needed, {"family": config.family, "dtype": dtype}) as temporary:
             _write_json(temporary / "config.json", values)
             _write_json(temporary / "generation_config.json", {"_from_model_config": True, **token_values(config)})
+            (temporary / CARD).write_text(text, encoding="utf-8")
             write_weights(temporary, shapes, read, stored, max_shard_bytes)
             if model.tokenizer is not None:
                 model.tokenizer.save(temporary)

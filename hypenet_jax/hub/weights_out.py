@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.hub.directory import umask
 from hypenet_jax.hub.weights_in import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 4_000_000_000
@@ -39,7 +39,7 @@ def write_weights(
     for file, shard in zip(files, shards, strict=True):
         save_file({name: _converted(name, read(name), dtype) for name in shard}, directory / file, {"format": "pt"})
         # safetensors writes for the owner alone; others may read what the umask lets them.
-        (directory / file).chmod(0o666 & ~_umask())
+        (directory / file).chmod(0o666 & ~umask())
     if len(shards) > 1:
         listed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed}
@@ -65,12 +65,6 @@ def shard_names(count: int) -> Sequence[str]:
     if count == 1:
         return [SINGLE]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -62,9 +62,8 @@ def rules_of(changes: Mapping[str, Sequence[str]]) -> Rules:
     """
     for name in changes:
         if name not in PARAMETER_AXES:
-            raise HypenetError(
-                f"the sharding rule {name!r} is used by no parameter; their logical axes are {', '.join(PARAMETER_AXES)}"
-            )
+            there = ", ".join(PARAMETER_AXES)
+            raise HypenetError(f"the sharding rule {name!r} is used by no parameter; their logical axes are {there}")
     return changed_rules(**changes)
 
 

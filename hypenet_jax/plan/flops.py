@@ -12,6 +12,11 @@ Per token of a row of T tokens:
 
 With `remat` a layer's forward is made twice, save its last product (`down`), whose result nothing in the layer needs.
 The teacher runs forward only. Stage 1 trains the mixers alone: their inputs need no gradient.
+
+T, the length, may be a mean over tokens where rows hold several documents: attention is linear in it.
+
+`model_flops` is what MFU counts: nothing twice, so neither `remat`'s second forward nor what the kernels make again in
+the backward pass, which is then twice the forward.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from hypenet_jax.model.parameters import Parameter
 CHUNK = 128
 
 
-def training_flops(stage: str, teacher: ModelConfig, student: ModelConfig, length: int, remat: bool) -> float:
+def training_flops(stage: str, teacher: ModelConfig, student: ModelConfig, length: float, remat: bool) -> float:
     """Operations per token of a training stage ("align", "distill", "finetune") over rows of `length` tokens."""
     if stage == "align":
         return _alignment(teacher, student, length)
@@ -37,7 +42,14 @@ def training_flops(stage: str, teacher: ModelConfig, student: ModelConfig, lengt
     return own + teachers + 3 * logits
 
 
-def forward_flops(config: ModelConfig, length: int, head: bool) -> float:
+def model_flops(stage: str, teacher: ModelConfig, student: ModelConfig, length: float) -> float:
+    """Operations per token that a training stage asks for in itself: `training_flops` with nothing made twice."""
+    mixing = [_mixing(student, layer, length) for layer in range(student.num_layers)]
+    again = sum(backward - 2 * forward for forward, backward in mixing)
+    return training_flops(stage, teacher, student, length, remat=False) - again
+
+
+def forward_flops(config: ModelConfig, length: float, head: bool) -> float:
     """Operations per token of a forward pass over `length` tokens, with the logits of every token or without any."""
     layers = sum(2 * _matrices(config, i) + _mixing(config, i, length)[0] for i in range(config.num_layers))
     return layers + (2 * config.hidden_size * config.vocab_size if head else 0)
@@ -57,14 +69,14 @@ def cached_flops(config: ModelConfig, width: int, cached: int) -> float:
     return total
 
 
-def _layer(config: ModelConfig, layer: int, length: int, remat: bool) -> float:
+def _layer(config: ModelConfig, layer: int, length: float, remat: bool) -> float:
     mixing, mixing_back = _mixing(config, layer, length)
     matrices = _matrices(config, layer)
     again = 2 * (matrices - config.hidden_size * config.intermediate_size) + mixing if remat else 0
     return 6 * matrices + mixing + mixing_back + again
 
 
-def _alignment(teacher: ModelConfig, student: ModelConfig, length: int) -> float:
+def _alignment(teacher: ModelConfig, student: ModelConfig, length: float) -> float:
     total = forward_flops(teacher, length, head=False)
     # Nothing above the last mixer is made.
     total -= 6 * teacher.hidden_size * teacher.intermediate_size
@@ -88,7 +100,7 @@ def _mixer_matrices(config: ModelConfig, layer: int) -> dict[str, int]:
     return {name: math.prod(entry.shape) for name, entry in found.items()}
 
 
-def _mixing(config: ModelConfig, layer: int, length: int) -> tuple[float, float]:
+def _mixing(config: ModelConfig, layer: int, length: float) -> tuple[float, float]:
     """Forward and backward operations per token of what is between the projections."""
     if config.mixers[layer] == "attention":
         forward = 2.0 * length * config.num_heads * config.head_dim

@@ -66,6 +66,22 @@ _SHAPES = {
     "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
 }
 _GPUS = {"h100": H100, "h200": H200}
+# As JAX names the devices. An H100 of another form (PCIe, NVL) is slower, so that nothing but the SXM's name counts.
+_KINDS = {
+    "NVIDIA H100 80GB HBM3": H100,
+    "NVIDIA H200": H200,
+    "TPU v5 lite": V5E,
+    "TPU v5e": V5E,
+    "TPU v5": V5P,
+    "TPU v5p": V5P,
+    "TPU v6 lite": V6E,
+    "TPU v6e": V6E,
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls by this `device_kind`; None for one whose figures we do not have."""
+    return _KINDS.get(device_kind)
 
 
 def machine(name: str) -> Machine:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,11 +24,11 @@ from hypenet_jax.model import ModelConfig
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
 from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.plan.planning import parsed_mesh, written
+from hypenet_jax.plan.running import WARM_UP, random_arrays, timed_steps
 from hypenet_jax.plan.stages import Work, work_of
 from hypenet_jax.plan.table import aligned
 from hypenet_jax.plan.trace import busy_seconds
 
-WARM_UP = 2
 TRACED = 3
 COLUMNS = ("mesh", "devices", "rows", "ms/step", "tokens/s", "efficiency", "compute ms", "collectives ms", "input ms")
 
@@ -96,28 +95,15 @@ def _measure(
     batches = _batches(work, teacher.vocab_size)
     batch = _placed(next(batches), mesh)
     with jax.set_mesh(mesh):
-        for _ in range(WARM_UP):
-            state, metrics = work.step(state, frozen, batch)
-            jax.block_until_ready(metrics)
-        in_place: list[float] = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            state, metrics = work.step(state, frozen, batch)
-            jax.block_until_ready(metrics)
-            in_place.append(time.perf_counter() - start)
-        fed: list[float] = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            state, metrics = work.step(state, frozen, _placed(next(batches), mesh))
-            jax.block_until_ready(metrics)
-            fed.append(time.perf_counter() - start)
+        state, _ = timed_steps(work.step, state, frozen, itertools.repeat(batch, WARM_UP))
+        state, in_place = timed_steps(work.step, state, frozen, itertools.repeat(batch, steps))
+        new = (_placed(one, mesh) for one in itertools.islice(batches, steps))
+        state, fed = timed_steps(work.step, state, frozen, new)
         with tempfile.TemporaryDirectory() as traces:
             with jax.profiler.trace(traces):
-                for _ in range(TRACED):
-                    state, metrics = work.step(state, frozen, batch)
-                    jax.block_until_ready(metrics)
+                timed_steps(work.step, state, frozen, itertools.repeat(batch, TRACED))
             compute, collective = busy_seconds(traces, mesh.size)
-    seconds, waiting = statistics.median(in_place), statistics.median(fed)
+    seconds, waiting = statistics.median(in_place.whole), statistics.median(fed.whole)
     return {
         "stage": stage,
         "mesh": axes,
@@ -130,28 +116,6 @@ def _measure(
         "collective_seconds": collective / TRACED,
         "input_seconds": max(0.0, waiting - seconds),
     }
-
-
-def random_arrays(tree: Any, seed: int) -> Any:
-    """Arrays for abstract ones, made where they are to lie: noise for matrices, ones for vectors, zero counts.
-
-    Moments are noise too; none is negative, as second moments are not.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-
-    def draw(key: jax.Array) -> list[jax.Array]:
-        made = []
-        for leaf, one in zip(leaves, jax.random.split(key, max(1, len(leaves))), strict=False):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                made.append(jnp.zeros(leaf.shape, leaf.dtype))
-            elif leaf.ndim < 2:
-                made.append(jnp.ones(leaf.shape, leaf.dtype))
-            else:
-                made.append(jnp.abs(0.02 * jax.random.normal(one, leaf.shape)).astype(leaf.dtype))
-        return made
-
-    made = jax.jit(draw, out_shardings=[leaf.sharding for leaf in leaves])(jax.random.key(seed))
-    return jax.tree.unflatten(structure, made)
 
 
 def _batches(work: Work, vocabulary: int):

@@ -57,6 +57,11 @@ def models(config: ConvertConfig, teacher: ModelConfig) -> tuple[LanguageModel, 
     return model(teacher), model(student)
 
 
+def trained_student(name: str, config: ConvertConfig, teacher: ModelConfig) -> LanguageModel:
+    """The student that a stage of training trains: in stage 1 every layer is Lightning."""
+    return models(_all_lightning(config) if name == "align" else config, teacher)[1]
+
+
 def work_of(stage: str, config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> Work:
     """What one step of a stage runs on a mesh, exactly as `hypenet convert` would.
 
@@ -73,10 +78,9 @@ def work_of(stage: str, config: ConvertConfig, teacher: ModelConfig, mesh: Mesh)
 def _training(name: str, config: ConvertConfig, teacher_config: ModelConfig, mesh: Mesh) -> Work:
     stage = getattr(config, name)
     check_rows(stage, mesh)
-    teacher, student = models(config, teacher_config)
+    teacher, student = models(config, teacher_config)[0], trained_student(name, config, teacher_config)
     axes, shapes = student.param_axes(), student.param_shapes()
     if name == "align":
-        student = models(_all_lightning(config), teacher_config)[1]
         axes, shapes = (mixers_of(t, student.config.num_layers) for t in (student.param_axes(), student.param_shapes()))
         loss = alignment_loss(teacher, student)
     elif name == "distill":

@@ -112,7 +112,7 @@ def train(
             if first:
                 reporter.message(f"{name}: continuing from step {first} of {stage.steps}")
             for step in range(first + 1, stage.steps + 1):
-                batch = _place_batch(_next_batch(batches, step, stage), stage, mesh)
+                batch = place_batch(_next_batch(batches, step, stage), stage, mesh)
                 # The mesh is in force while the step is traced: a kernel that no partitioner divides must know of it.
                 with jax.set_mesh(mesh):
                     state, metrics = update(state, frozen, batch)
@@ -185,7 +185,7 @@ def _next_batch(batches: Batches, step: int, stage: StageConfig) -> Mapping[str,
         raise HypenetError(sentence) from error
 
 
-def _place_batch(batch: Mapping[str, np.ndarray], stage: StageConfig, mesh: Mesh) -> dict[str, jax.Array]:
+def place_batch(batch: Mapping[str, np.ndarray], stage: StageConfig, mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as arrays over the whole mesh."""
     sharding = batch_sharding(mesh)
     rows = len(own_rows(sharding, stage.batch_size, stage.seq_len))

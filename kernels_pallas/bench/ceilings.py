@@ -23,5 +23,10 @@ def ceilings(small: bool) -> Ceilings:
     elements, side = (2**24, 1024) if small else (2**29, 8192)
     x = jax.random.normal(jax.random.key(0), (elements,), jnp.bfloat16)
     copy = 4 * elements / milliseconds(jax.jit(lambda x: x + jnp.bfloat16(1)), x) * 1e3
-    a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in (1, 2))
-    return Ceilings(copy, 2 * side**3 / milliseconds(jax.jit(jnp.matmul), a, b) * 1e3)
+    return Ceilings(copy, matmul_rate(side))
+
+
+def matmul_rate(side: int, dtype: str = "bfloat16") -> float:
+    """FLOP/s of one product of two random [side, side] matrices, measured on the default device."""
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in (1, 2))
+    return 2 * side**3 / milliseconds(jax.jit(jnp.matmul), a, b) * 1e3

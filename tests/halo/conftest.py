@@ -101,6 +101,18 @@ def contents() -> Callable[[pathlib.Path], dict[str, bytes]]:
 
 
 @pytest.fixture(scope="session")
+def exported(contents) -> Callable[[pathlib.Path], dict[str, bytes]]:
+    """The files of a run's export without its card, which tells of the clock and of the run's directory."""
+
+    def read(run: pathlib.Path) -> dict[str, bytes]:
+        files = contents(run / "export")
+        assert files.pop("README.md")
+        return files
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def tiny() -> tuple[LanguageModel, dict]:
     """A teacher of two layers over 31 tokens, its parameters random and large enough to matter."""
     config = ModelConfig(

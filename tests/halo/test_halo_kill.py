@@ -50,7 +50,7 @@ def convert(config, directory, part, operations):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_killed_again_and_again(finished, convert_config, tmp_path, contents, stage_records, on_one_device):
+def test_killed_again_and_again(finished, convert_config, tmp_path, exported, stage_records, on_one_device):
     directory, seed = tmp_path / "run", time.time_ns()
     rng = random.Random(seed)
     print("seed", seed)
@@ -61,7 +61,7 @@ def test_killed_again_and_again(finished, convert_config, tmp_path, contents, st
         child = convert(convert_config, directory, part, operations)
         assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
     assert main(["convert", "--config", str(convert_config), "--workdir", str(directory)]) == 0
-    assert contents(directory / "export") == contents(finished / "export")
+    assert exported(directory) == exported(finished)
     for name in ("select.json", "fit_scale.json", "eval.json"):
         assert read_json(directory / name) == read_json(finished / name), name
     for stage in ("align", "distill", "finetune"):

@@ -78,11 +78,11 @@ def test_again_nothing_is_trained(finished, convert_config, contents, capsys, mo
     assert changed <= {"run.json", "report/index.html", "report/report.json"}
 
 
-def test_step_by_step_is_the_same_to_the_bit(finished, convert_config, tmp_path, contents, stage_records):
+def test_step_by_step_is_the_same_to_the_bit(finished, convert_config, tmp_path, exported, stage_records):
     for step in STEPS:
         assert main([step, "--config", str(convert_config), "--workdir", str(tmp_path / "run")]) == 0
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert contents(tmp_path / "run" / "export") == contents(finished / "export")
+    assert exported(tmp_path / "run") == exported(finished)
     for name in ("select.json", "fit_scale.json", "eval.json"):
         assert read_json(tmp_path / "run" / name) == read_json(finished / name), name
     for stage in STAGES:

@@ -54,7 +54,7 @@ def run(program, directory, *settings):
     return main(["pretrain", "--config", str(program), "--workdir", str(directory), *flags])
 
 
-def test_a_hypenet_from_scratch_stopped_and_continued(program, tmp_path, contents, stage_records, monkeypatch, capsys):
+def test_a_hypenet_from_scratch_stopped_and_continued(program, tmp_path, exported, stage_records, monkeypatch, capsys):
     assert run(program, tmp_path / "whole") == 0
     model, params = hn.load(tmp_path / "whole" / "export")
     assert model.config.mixers == ("lightning", "attention") and model.config.logits_scaling.value == 50.0
@@ -80,7 +80,10 @@ def test_a_hypenet_from_scratch_stopped_and_continued(program, tmp_path, content
     assert not (tmp_path / "stopped" / "export").exists()
     assert run(program, tmp_path / "stopped") == 0
     assert "train: continuing from step" in capsys.readouterr().err
-    assert contents(tmp_path / "stopped" / "export") == contents(tmp_path / "whole" / "export")
+    assert exported(tmp_path / "stopped") == exported(tmp_path / "whole")
+    card = (tmp_path / "whole" / "export" / "README.md").read_text()
+    assert "trained from scratch" in card and "## Perplexity" in card and "| train (from scratch" in card
+    assert "teacher" not in card and f"hypenet pretrain --config {program}" in card
     assert stage_records(tmp_path / "stopped" / "train") == records
 
     assert run(program, tmp_path / "whole") == 0

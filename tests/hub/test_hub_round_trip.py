@@ -89,8 +89,8 @@ def test_files_and_keys_of_an_export(tmp_path):
     model = LanguageModel(config=config, tokenizer=byte_tokenizer())
     hub.save(model, random_params(config), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "generation_config.json", "hypenet_jax.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "config.json", "generation_config.json", "hypenet_jax.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     values = json.loads((tmp_path / "out/config.json").read_text())
     assert values["architectures"] == ["HypeNetForCausalLM"] and values["model_type"] == "hypenet"

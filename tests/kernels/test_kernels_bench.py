@@ -40,5 +40,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 def test_the_command_knows_the_kernels():
     with pytest.raises(ValueError, match="no kernel 'mamba' to measure; known: lightning, "):
         package.bench(("mamba",))
-    action = next(a for a in cli._parser()._subparsers._group_actions[0].choices["bench"]._actions if a.dest == "only")
+    bench = cli._parser()._subparsers._group_actions[0].choices["bench"]
+    kernels = bench._subparsers._group_actions[0].choices["kernels"]
+    action = next(action for action in kernels._actions if action.dest == "only")
     assert tuple(action.choices) == package.KERNELS
