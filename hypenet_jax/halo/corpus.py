@@ -99,7 +99,9 @@ def is_heldout(text: str, share: float) -> bool:
     return zlib.crc32(text[:HEAD_CHARACTERS].encode("utf-8", "surrogatepass")) < share * 2**32
 
 
-def stage_batches(packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int) -> StageBatches:
+def stage_batches(
+    packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int, completions: bool = False
+) -> StageBatches:
     """This process's share of a stage's batches, from `start_token` of the endless stream on."""
     return StageBatches(
         packed,
@@ -111,6 +113,7 @@ def stage_batches(packed: PackedTokens, stage: StageConfig, start_token: int, se
         host=jax.process_index(),
         hosts=jax.process_count(),
         workers=workers,
+        completions=completions,
     )
 
 

@@ -205,7 +205,7 @@ def evaluate(run: Run) -> dict:
             )
             if name != "student_unscaled":
                 found["samples"] += suite.write_samples(
-                    name, model, params, run.tokenizer, settings.prompts, settings.new_tokens
+                    name, model, params, run.tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
                 )
         write_json(path, found)
     return found
@@ -268,7 +268,8 @@ def _measure(run: Run) -> dict:
 
 def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, start_token: int) -> dict:
     stage: StageConfig = getattr(run.config, name)
-    batches = corpus.stage_batches(run.text, stage, start_token, run.config.seed, run.config.data.workers)
+    completions = name == "finetune" and run.config.finetune_loss == "completions"
+    batches = corpus.stage_batches(run.text, stage, start_token, run.config.seed, run.config.data.workers, completions)
     with timed(run.workdir, name):
         trained, _ = train(
             name=name,

@@ -66,7 +66,9 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, reporter: Repor
             seed=config.seed,
             report=reporter.message,
         )
-        samples = suite.write_samples("model", model, params, tokenizer, settings.prompts, settings.new_tokens)
+        samples = suite.write_samples(
+            "model", model, params, tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
+        )
     found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
     write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
     return write_report(path)
