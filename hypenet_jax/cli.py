@@ -68,6 +68,10 @@ COMMANDS = {
         "hypenet evaluate --config configs/demo.py --workdir runs/demo",
     ),
     "report": ("write the HTML report of a work directory", "hypenet report runs/demo"),
+    "qk-restore": (
+        "put the queries and keys of before a fine-tune back into the attention layers",
+        "hypenet qk-restore runs/demo/distill runs/demo/export restored",
+    ),
     "plan": (
         "compile a run for a machine that is not here: memory, collectives, time",
         "hypenet plan --config configs/hypenet_2b.py --topology v5e-16 --stages distill",
@@ -252,6 +256,14 @@ def _report(arguments: argparse.Namespace) -> None:
     print(write_report(arguments.workdir))
 
 
+def _qk_restore(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.halo.qk_restore import restore_directory
+
+    a = arguments
+    layers = restore_directory(a.before, a.after, a.directory, a.method, a.layers)
+    print(f"{a.directory}: queries and keys of {a.before} in layers {', '.join(map(str, layers))} ({a.method})")
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     from hypenet_jax import hub
     from hypenet_jax.inference import stream
@@ -338,6 +350,7 @@ SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
     "import": _import,
     "pack": _pack,
     "report": _report,
+    "qk-restore": _qk_restore,
     "generate": _generate,
     "plan": _plan,
     "scaling": _scaling,
@@ -381,6 +394,12 @@ def _parser() -> argparse.ArgumentParser:
         "--heldout-share", type=float, help="write OUT/train and OUT/heldout, this share of the documents held out"
     )
     added["report"].add_argument("workdir")
+    restore = added["qk-restore"]
+    for name, text in (("before", "the model before the fine-tune"), ("after", "the fine-tuned model")):
+        restore.add_argument(name, help=f"{text}: Hugging Face directory, GGUF file or a stage's directory")
+    restore.add_argument("directory", metavar="out", help="the Hugging Face directory to write; must not exist")
+    restore.add_argument("--method", choices=("copy", "procrustes"), default="copy")
+    restore.add_argument("--layers", default="attention", help='"attention" (all of them), or numbers such as 2,3')
     _add_planning(added["plan"], added["scaling"])
     generate = added["generate"]
     generate.add_argument("model", help="Hugging Face directory, GGUF file or a stage's directory")

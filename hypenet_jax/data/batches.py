@@ -38,19 +38,22 @@ def document_windows(
     return np.array(list(itertools.islice(long, count)), np.int32).reshape(-1, length + 1)
 
 
-def batch_of(tokens_BS: np.ndarray, starts_BS: np.ndarray) -> dict[str, np.ndarray]:
+def batch_of(
+    tokens_BS: np.ndarray, starts_BS: np.ndarray, prompts_BS: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """The batch of rows with one token of lookahead, S = T + 1.
 
-    tokens_BS int32 [B, T+1], starts_BS bool [B, T+1] (True at a document's first token) -> "tokens", "targets",
-    "segment_ids" int32 [B, T] (documents counted from 0 within the row) and "loss_mask" bool [B, T] (True where the
-    target belongs to the token's document).
+    tokens_BS int32 [B, T+1], starts_BS bool [B, T+1] (True at a document's first token), prompts_BS bool [B, T+1] (True
+    at tokens that are not to be learned) -> "tokens", "targets", "segment_ids" int32 [B, T] (documents counted from 0
+    within the row) and "loss_mask" bool [B, T] (True where the target is of the token's document and of no prompt).
     """
     documents_BS = np.cumsum(starts_BS, axis=1, dtype=np.int32)
+    unlearned_BS = starts_BS if prompts_BS is None else starts_BS | prompts_BS
     return {
         "tokens": np.ascontiguousarray(tokens_BS[:, :-1]),
         "targets": np.ascontiguousarray(tokens_BS[:, 1:]),
         "segment_ids": documents_BS[:, :-1] - documents_BS[:, :1],
-        "loss_mask": ~starts_BS[:, 1:],
+        "loss_mask": ~unlearned_BS[:, 1:],
     }
 
 
@@ -62,11 +65,13 @@ class _ReadRows:
     seq_len: int
     start_token: int
     own: tuple[int, ...]
+    completions: bool
 
     def __call__(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
         rows_B = rows_B[list(self.own)].astype(np.int64)
-        tokens_BS, starts_BS = self.packed.rows(self.start_token + rows_B * self.seq_len, self.seq_len + 1)
-        return batch_of(tokens_BS, starts_BS)
+        starts_B = self.start_token + rows_B * self.seq_len
+        tokens_BS, starts_BS, prompts_BS = self.packed.rows_with_prompts(starts_B, self.seq_len + 1)
+        return batch_of(tokens_BS, starts_BS, prompts_BS if self.completions else None)
 
 
 class StageBatches(Iterator[dict[str, np.ndarray]]):
@@ -75,7 +80,8 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
     The range is cut into steps * batch_size rows of `seq_len` tokens, shuffled by `seed`. batch_size counts the rows
     of all processes; `rows` are the places in every global batch that this one yields, in ascending order (None: all):
     what a step holds does not depend on who reads which part of it. workers: processes that read ahead; 0 reads in
-    threads. Raises HypenetError for arguments out of range.
+    threads. completions: of conversations only what the assistant wrote is in the loss mask; plain text is whole.
+    Raises HypenetError for arguments out of range.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         seed: int,
         rows: Sequence[int] | None = None,
         workers: int = 0,
+        completions: bool = False,
     ):
         for name, value, lowest in (
             ("seq_len", seq_len, 1),
@@ -119,12 +126,14 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             "steps": steps,
             "seed": seed,
             "workers": workers,
+            # Left out where it is not: positions from before there were conversations have no such entry.
+            **({"completions": True} if completions else {}),
         }
         self._dataset = (
             grain.MapDataset.range(steps * batch_size)
             .shuffle(seed=seed)
             .batch(batch_size)
-            .map(_ReadRows(packed, seq_len, start_token, rows))
+            .map(_ReadRows(packed, seq_len, start_token, rows, completions))
         )
         self._step = 0
         self._running: grain.DatasetIterator | None = None
@@ -152,7 +161,8 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         Raises HypenetError where the state is of another stream or was taken with another number of workers.
         """
         stream = state["stream"]
-        for name, value in self._stream.items():
+        for name in dict.fromkeys((*self._stream, *stream)):
+            value = self._stream.get(name)
             if stream.get(name) != value:
                 raise HypenetError(
                     f"the saved data position has {name} {stream.get(name)!r} but this run has {value!r}; "

@@ -12,7 +12,8 @@ from hypenet_jax.data.sources import source_identity
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
 
-FORMAT = 1
+# 2: some tokens carry the mark of a prompt. A pack of plain text is written in format 1, which has none.
+FORMAT, CHAT_FORMAT = 1, 2
 META = "meta.json"
 
 
@@ -31,8 +32,8 @@ def request_of(
         raise HypenetError(f"shard_tokens is {shard_tokens}; a file holds at least one block of {block}")
     if shuffle_buffer < 1:
         raise HypenetError(f"shuffle_buffer is {shuffle_buffer}; it holds at least 1 document (1 keeps the order)")
-    if tokenizer.vocab_size > 1 << 31:
-        raise HypenetError(f"tokenizer has {tokenizer.vocab_size} tokens; a packed token has 31 bits")
+    if tokenizer.vocab_size > 1 << 30:
+        raise HypenetError(f"tokenizer has {tokenizer.vocab_size} tokens; a packed token has 30 bits")
     return {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
@@ -56,8 +57,10 @@ def read_meta(directory: pathlib.Path) -> PackedInfo:
         info = PackedInfo(**found)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise HypenetError(f"{str(file)!r} is broken ({error}); remove the directory and pack again") from error
-    if info.request.get("format") != FORMAT:
-        raise HypenetError(f"{str(file)!r} has format {info.request.get('format')}, not {FORMAT}; pack again")
+    if info.request.get("format") not in (FORMAT, CHAT_FORMAT):
+        raise HypenetError(
+            f"{str(file)!r} has format {info.request.get('format')}, not {FORMAT} or {CHAT_FORMAT}; pack again"
+        )
     return info
 
 
@@ -65,7 +68,8 @@ def check_request(directory: pathlib.Path, found: PackedInfo, request: dict[str,
     """Raises HypenetError, naming the difference, unless a found pack is what is asked for."""
     for name, wanted in request.items():
         held = found.request.get(name)
-        if name != "sources" and held != wanted:
+        # The format follows from the documents, and those from the sources.
+        if name not in ("sources", "format") and held != wanted:
             raise HypenetError(
                 f"{str(directory)!r} was packed with {name} {held!r}, not {wanted!r}; choose another or remove it"
             )
@@ -91,7 +95,8 @@ class PackedInfo:
     """meta.json: counted tokens and documents, the sha256 of the marked stream, the files, and what was asked for.
 
     shards: {"file", "blocks", "bytes"} each; sources: {"documents", "tokens"} of each source; request: tokenizer
-    fingerprint, vocab_size, eos_id, seed, block, shard_tokens, shuffle_buffer and the sources by name.
+    fingerprint, vocab_size, eos_id, seed, block, shard_tokens, shuffle_buffer and the sources by name. chat_template:
+    sha256 of the template that conversations were written with, None where there is none.
     """
 
     tokens: int
@@ -100,6 +105,14 @@ class PackedInfo:
     shards: list[dict[str, Any]]
     sources: dict[str, dict[str, int]]
     request: dict[str, Any]
+    chat_template: str | None = None
+
+    def to_json(self) -> str:
+        """The text of meta.json; what plain text has no use for is left out."""
+        values = dataclasses.asdict(self)
+        if self.chat_template is None:
+            del values["chat_template"]
+        return json.dumps(values, indent=2) + "\n"
 
     @property
     def block(self) -> int:

@@ -1,15 +1,14 @@
 """Documents become one endless stream of tokens on disk, packed once and exactly.
 
 Every document ends in the tokenizer's end-of-document id, and the documents follow each other without a gap. The
-stream is cut into blocks, a block is one ArrayRecord of little-endian uint32, and the highest bit marks a document's
-first token. meta.json is the directory's table of contents; the zeros that fill up the last block are not counted.
+stream is cut into blocks, a block is one ArrayRecord of little-endian uint32; the highest bit marks a document's first
+token, the next one the tokens of a conversation that its assistant did not write. meta.json is the directory's table of
+contents; the zeros that fill up the last block are not counted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import random
@@ -22,12 +21,13 @@ import grain
 import numpy as np
 from array_record.python import array_record_module
 
-from hypenet_jax.data.pack_meta import META, PackedInfo, check_request, read_meta, request_of
+from hypenet_jax.data.chat import encode_conversation
+from hypenet_jax.data.pack_meta import CHAT_FORMAT, META, PackedInfo, check_request, read_meta, request_of
 from hypenet_jax.data.sources import Document
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
 
-_START = np.uint32(1 << 31)
+_START, _PROMPT = np.uint32(1 << 31), np.uint32(1 << 30)
 _SCAN_TOKENS = 1 << 20
 # One call of the tokenizer: enough for all cores, little enough for their memory.
 _BATCH_CHARS = 1 << 20
@@ -47,7 +47,8 @@ def pack(
 ) -> PackedInfo:
     """Tokenizes and packs documents into `directory`; returns what its meta.json says.
 
-    documents: each non-empty one is tokenized and ended by tokenizer.eos_id. Their order is a shuffle by `seed`
+    documents: each non-empty one is tokenized and ended by tokenizer.eos_id; conversations are written by the
+      tokenizer's chat template, see `data.chat.encode_conversation`. Their order is a shuffle by `seed`
       through a buffer of `shuffle_buffer` documents. block: tokens a record; shard_tokens: tokens a file, rounded
       down to blocks.
     sources: what the documents are, in words; paths among them are identified by their contents. A directory that
@@ -115,18 +116,19 @@ def _write_pack(
     documents: Iterable[Document], tokenizer: Tokenizer, directory: pathlib.Path, request: dict[str, Any]
 ) -> PackedInfo:
     counts: dict[str, dict[str, int]] = {}
+    chat = False
     writer = _ShardWriter(directory, request["block"], request["shard_tokens"])
     try:
         for batch in _batches(documents):
-            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                if not ids:
+            for document, tokens in zip(batch, _marked(batch, tokenizer), strict=True):
+                if len(tokens) == 1:
                     continue
                 count = counts.setdefault(document.source, {"documents": 0, "tokens": 0})
                 count["documents"] += 1
-                count["tokens"] += len(ids) + 1
-                tokens = np.array([*ids, tokenizer.eos_id], np.uint32)
+                count["tokens"] += len(tokens)
                 tokens[0] |= _START
                 writer.add(tokens)
+                chat |= document.conversation is not None
     finally:
         writer.close()
     if not writer.tokens:
@@ -137,10 +139,26 @@ def _write_pack(
         sha256=writer.digest.hexdigest(),
         shards=writer.shards,
         sources=dict(sorted(counts.items())),
-        request=request,
+        request=request | ({"format": CHAT_FORMAT} if chat else {}),
+        chat_template=tokenizer.chat_fingerprint if chat else None,
     )
-    (directory / META).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
+    (directory / META).write_text(info.to_json(), encoding="utf-8")
     return info
+
+
+def _marked(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Each document's ids with its end, uint32 [n], a conversation's prompts marked."""
+    plain = iter(tokenizer.encode_batch([d.text for d in documents if d.conversation is None]))
+    rows = []
+    for document in documents:
+        if document.conversation is None:
+            rows.append(np.array([*next(plain), tokenizer.eos_id], np.uint32))
+            continue
+        ids, written = encode_conversation(tokenizer, document.conversation)
+        tokens = np.array(ids, np.uint32)
+        tokens[~np.array(written)] |= _PROMPT
+        rows.append(tokens)
+    return rows
 
 
 def _publish(temporary: pathlib.Path, directory: pathlib.Path, info: PackedInfo) -> PackedInfo:
@@ -201,6 +219,11 @@ class PackedTokens:
 
     def rows(self, starts_B: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` tokens of the endless stream from each start: (int32 [B, length], bool [B, length]), as `slice`."""
+        tokens_BS, starts_BS, _ = self.rows_with_prompts(starts_B, length)
+        return tokens_BS, starts_BS
+
+    def rows_with_prompts(self, starts_B: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `rows`, and bool [B, length]: True at the tokens of a conversation that its assistant did not write."""
         runs = [list(self._runs(int(start), length)) for start in starts_B]
         block = self.info.block
         wanted = sorted(
@@ -214,7 +237,8 @@ class PackedTokens:
                 joined = b"".join(records[number] for number in range(start // block, -(-stop // block)))
                 marked_S[place : place + stop - start] = np.frombuffer(joined, "<u4", stop - start, start % block * 4)
                 place += stop - start
-        return (marked_BS & ~_START).astype(np.int32), marked_BS >= _START
+        tokens_BS = (marked_BS & ~(_START | _PROMPT)).astype(np.int32)
+        return tokens_BS, marked_BS >= _START, (marked_BS & _PROMPT).astype(bool)
 
     def _runs(self, start: int, length: int) -> Iterator[tuple[int, int]]:
         """The range from `start` on, wrapped around the end of the stream: (start, stop) within it."""
@@ -243,6 +267,12 @@ class PackedTokens:
             raise HypenetError(
                 f"{str(self.directory)!r} was packed with the tokenizer {packed[:12]}, the model has "
                 f"{tokenizer.fingerprint[:12]}; pack again with the model's own"
+            )
+        template = self.info.chat_template
+        if template not in (None, tokenizer.chat_fingerprint):
+            raise HypenetError(
+                f"{str(self.directory)!r} was packed with the chat template {template[:12]}, the model has "
+                f"{(tokenizer.chat_fingerprint or 'none')[:12]}; pack again with the model's own"
             )
 
 

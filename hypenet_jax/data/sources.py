@@ -16,6 +16,7 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
+from hypenet_jax.data.chat import Conversation, parse_messages
 from hypenet_jax.data.retrieval import retrieval_documents
 from hypenet_jax.data.stdlib_docs import stdlib_documents
 from hypenet_jax.errors import HypenetError
@@ -28,16 +29,21 @@ _HASH_CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and the source (as it was asked for) that it came from."""
+    """A text and the source (as it was asked for) that it came from.
+
+    Where the document is a conversation, `text` is what was said in it; it is packed as the chat template writes it.
+    """
 
     source: str
     text: str
+    conversation: Conversation | None = None
 
 
 def read_documents(spec: str | os.PathLike[str]) -> Iterator[Document]:
     """The documents of a source, in a fixed order; empty rows and lines are left out.
 
-    spec: a text file (one document), a .jsonl or .jsonl.gz file (field "text"), a .parquet file (column "text", read
+    spec: a text file (one document), a .jsonl or .jsonl.gz file (field "text", or "messages" for a conversation of
+    [{"role", "content"}, ..] with the roles system, user and assistant), a .parquet file (column "text", read
     by row group), a folder of such files (searched to the bottom, hidden entries left out, sorted by path), "stdlib",
     or "retrieval:<count>[:key=value...]" with the keys seed, max_chars, styles (joined by "+") and haystack (a source
     whose prose surrounds the needles). A file called like a built-in source is written "./stdlib".
@@ -46,14 +52,17 @@ def read_documents(spec: str | os.PathLike[str]) -> Iterator[Document]:
     source = os.fspath(spec)
     name, _, options = source.partition(":")
     if source == "stdlib":
-        texts = stdlib_documents()
+        texts: Iterator[str | Conversation] = stdlib_documents()
     elif name == "retrieval":
         texts = _retrieval(source, options)
     else:
         texts = _files_texts(source)
     found = False
     for text in texts:
-        if text and not text.isspace():
+        if isinstance(text, Conversation):
+            found = True
+            yield Document(source, text.text, text)
+        elif text and not text.isspace():
             found = True
             yield Document(source, text)
     if not found:
@@ -132,7 +141,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(files, key=lambda file: file.relative_to(path).parts)
 
 
-def _files_texts(source: str) -> Iterator[str]:
+def _files_texts(source: str) -> Iterator[str | Conversation]:
     for file in _files(pathlib.Path(source)):
         if file.stat().st_size == 0:
             raise HypenetError(f"source file {str(file)!r} is empty; fill or remove it")
@@ -155,7 +164,7 @@ def _text_file(file: pathlib.Path) -> str:
     return text
 
 
-def _jsonl_texts(file: pathlib.Path) -> Iterator[str]:
+def _jsonl_texts(file: pathlib.Path) -> Iterator[str | Conversation]:
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
@@ -166,15 +175,19 @@ def _jsonl_texts(file: pathlib.Path) -> Iterator[str]:
         raise HypenetError(f"source file {str(file)!r} is broken after line {number} ({error}); restore it") from error
 
 
-def _jsonl_text(file: pathlib.Path, number: int, line: bytes) -> str:
+def _jsonl_text(file: pathlib.Path, number: int, line: bytes) -> str | Conversation:
     where = f"line {number} of source file {str(file)!r}"
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise HypenetError(f"{where} is broken json ({error}); mend or remove it") from error
+    if isinstance(row, dict) and "messages" in row:
+        if "text" in row:
+            raise HypenetError(f"{where} has both 'text' and 'messages'; keep one of them")
+        return parse_messages(row["messages"], where)
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise HypenetError(f"{where} has no string in the field 'text'; mend or remove it")
+        raise HypenetError(f"{where} has no string in the field 'text' and no 'messages'; mend or remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -93,6 +93,7 @@ def load_tokenizer(path: str | os.PathLike[str], eos_ids: Sequence[int] | None =
         pad_id=next(iter(named["pad"]), stop_ids[0]),
         bos_id=next(iter(named["bos"]), None),
         stop_ids=stop_ids,
+        chat_template=_chat_template(file.parent),
     )
 
 
@@ -161,6 +162,19 @@ def _named_ids(directory: pathlib.Path, found: Tokenizer) -> dict[str, list[int]
     return named
 
 
+def _chat_template(directory: pathlib.Path) -> str | None:
+    """chat_template.jinja, or `chat_template` of tokenizer_config.json: a text, or a list of which "default" counts."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    found = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
+        raise HypenetError(f"chat_template of tokenizer_config.json in {str(directory)!r} is no text; correct it")
+    return found
+
+
 def _guessed_end(found: Tokenizer) -> tuple[int, ...]:
     ids = [found.token_id(name) for name in _END_NAMES]
     present = [token_id for token_id in ids if token_id is not None]
@@ -188,7 +202,7 @@ class Tokenizer:
     """A tokenizer.json and its special ids. Immutable, hashable, comparable and picklable.
 
     json: text of the tokenizer.json; eos_id ends a document; pad_id fills up; bos_id may be None; stop_ids: every id
-    that ends a generation (eos_id first).
+    that ends a generation (eos_id first). chat_template: how conversations are written, see `data.chat`.
     """
 
     json: str = dataclasses.field(repr=False)
@@ -196,6 +210,7 @@ class Tokenizer:
     pad_id: int
     bos_id: int | None = None
     stop_ids: tuple[int, ...] = ()
+    chat_template: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         if not self.stop_ids:
@@ -224,6 +239,16 @@ class Tokenizer:
         """sha256 of the tokenizer.json text, in hex."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens as they are written."""
+        return tuple(token.content for token in self._plain.get_added_tokens_decoder().values() if token.special)
+
+    @functools.cached_property
+    def chat_fingerprint(self) -> str | None:
+        """sha256 of the chat template, in hex."""
+        return None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
+
     def token(self, token_id: int) -> str | None:
         """How the tokenizer.json writes an id, None for an unknown one."""
         return self._plain.id_to_token(token_id) if token_id >= 0 else None
@@ -246,7 +271,7 @@ class Tokenizer:
         return self._plain.decode([int(token_id) for token_id in ids], skip_special_tokens=not special_tokens)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json and a minimal tokenizer_config.json; raises HypenetError over other contents."""
+        """Writes tokenizer.json and a small tokenizer_config.json; raises HypenetError over other contents."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {
@@ -256,5 +281,7 @@ class Tokenizer:
             "pad_token": self.token(self.pad_id),
             "bos_token": None if self.bos_id is None else self.token(self.bos_id),
         }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         _write(directory / "tokenizer.json", self.json)
         _write(directory / "tokenizer_config.json", jsonlib.dumps(config, indent=2) + "\n")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hypenet_jax.data.chat import encode_prompt
 from hypenet_jax.evals import niah, perplexity
 from hypenet_jax.evals.niah_samples import NiahSample, make_samples
 from hypenet_jax.inference import generate
@@ -82,13 +83,28 @@ def needle_samples(
     )
 
 
+def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    """Ids of each prompt as it is, or with `chat` as a user's turn with the assistant's opened."""
+    return [encode_prompt(tokenizer, prompt) if chat else tokenizer.encode(prompt) for prompt in prompts]
+
+
 def write_samples(
-    name: str, model: LanguageModel, params: dict, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int
+    name: str,
+    model: LanguageModel,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    new_tokens: int,
+    *,
+    chat: bool = False,
 ) -> list[dict]:
-    """[{"model", "prompt", "text"}]: greedy continuations of the prompts."""
+    """[{"model", "prompt", "text"}]: greedy continuations of the prompts, or with `chat` answers to them.
+
+    Raises HypenetError where `chat` is asked of a tokenizer without a chat template.
+    """
     if not prompts:
         return []
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = prompt_ids(tokenizer, prompts, chat)
     continued = generate(model, params, ids, new_tokens)
     return [
         {"model": name, "prompt": prompt, "text": tokenizer.decode(new)}

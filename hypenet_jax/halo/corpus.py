@@ -102,7 +102,13 @@ def is_heldout(text: str, share: float) -> bool:
 
 
 def stage_batches(
-    packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int, mesh: Mesh | None = None
+    packed: PackedTokens,
+    stage: StageConfig,
+    start_token: int,
+    seed: int,
+    workers: int,
+    mesh: Mesh | None = None,
+    completions: bool = False,
 ) -> StageBatches:
     """A stage's batches, from `start_token` of the endless stream on; the rows of this process's devices on `mesh`."""
     return StageBatches(
@@ -114,6 +120,7 @@ def stage_batches(
         seed=seed,
         rows=None if mesh is None else own_rows(batch_sharding(mesh), stage.batch_size, stage.seq_len),
         workers=workers,
+        completions=completions,
     )
 
 

@@ -216,7 +216,7 @@ def evaluate(run: Run) -> dict:
             )
             if name != "student_unscaled":
                 found["samples"] += suite.write_samples(
-                    name, model, params, run.tokenizer, settings.prompts, settings.new_tokens
+                    name, model, params, run.tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
                 )
         write_json(path, found)
     first(lambda: _renew_card(run, student))
@@ -291,7 +291,9 @@ def _measure(run: Run) -> dict:
 
 def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, start_token: int) -> dict:
     stage: StageConfig = getattr(run.config, name)
-    batches = corpus.stage_batches(run.text, stage, start_token, run.config.seed, run.config.data.workers, run.mesh)
+    completions = name == "finetune" and run.config.finetune_loss == "completions"
+    seed, workers = run.config.seed, run.config.data.workers
+    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions)
     with timed(run.workdir, name):
         trained, _ = train(
             name=name,

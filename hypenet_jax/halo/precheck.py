@@ -46,6 +46,10 @@ def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, 
     for name in STAGES:
         with section(name):
             corpus.stage_batches(text, getattr(config, name), 0, config.seed, config.data.workers)
+    if config.finetune_loss == "completions" and text.info.chat_template is None:
+        raise HypenetError(
+            "finetune_loss is 'completions' but data.sources hold no conversation; add one with messages, or use 'all'"
+        )
     if measures(config):
         with section("select"):
             probes(config.select, tokenizer, heldout, config.seed)
@@ -58,6 +62,7 @@ def check_evaluation(settings: EvaluateConfig, tokenizer: Tokenizer, heldout: Pa
     """Raise HypenetError where no held-out document is as long as perplexity needs, or a length holds no needle."""
     with section("evaluate"):
         corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
+        suite.prompt_ids(tokenizer, settings.prompts, settings.chat)
         essays = settings.essays or corpus.heldout_prose(heldout, tokenizer)
         for task in settings.tasks:
             suite.needle_samples(tokenizer, settings, task, min(settings.lengths), essays, seed)

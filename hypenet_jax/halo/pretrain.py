@@ -74,7 +74,9 @@ def pretrain(
             seed=config.seed,
             report=reporter.message,
         )
-        samples = suite.write_samples("model", model, params, tokenizer, settings.prompts, settings.new_tokens)
+        samples = suite.write_samples(
+            "model", model, params, tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
+        )
     found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
     write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
     first(lambda: _card_and_report(path, run_card(path, model.config, "float32", command), reporter))

@@ -16,6 +16,7 @@ from hypenet_jax.train.stage import StageConfig
 
 SELECTION_METHODS = ("halo", "jet-nemotron", "kl-ls", "evenly", "latter-half", "none")
 STARTS = ("official", "calibrated")
+FINETUNE_LOSSES = ("all", "completions")
 
 
 def check_choice(name: str, value: str, choices) -> None:
@@ -115,6 +116,7 @@ class EvaluateConfig:
     batch_tokens: int = 32768
     prompts: tuple[str, ...] = ()
     new_tokens: int = 128
+    chat: bool = False  # the prompts are user turns, written by the teacher's chat template
 
     def __post_init__(self):
         check_choice("evaluate.answer", self.answer, ("forced", "generate"))
@@ -135,6 +137,7 @@ class ConvertConfig:
     align: StageConfig
     distill: StageConfig
     finetune: StageConfig
+    finetune_loss: str = "all"  # "completions": of conversations only what the assistant says counts
     student: StudentConfig = StudentConfig()
     select: SelectConfig = SelectConfig()
     fit_scale: FitScaleConfig = FitScaleConfig()
@@ -151,6 +154,7 @@ class ConvertConfig:
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("exchange", self.exchange, EXCHANGES)
+        check_choice("finetune_loss", self.finetune_loss, FINETUNE_LOSSES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,6 +91,7 @@ def read_tokenizer(metadata: Metadata, where: str) -> Tokenizer | None:
         pad_id=stop_ids[0] if pad_id is None else int(pad_id),
         bos_id=metadata("tokenizer.ggml.bos_token_id"),
         stop_ids=stop_ids,
+        chat_template=metadata("tokenizer.chat_template"),
     )
 
 

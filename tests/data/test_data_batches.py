@@ -139,8 +139,8 @@ def test_resume_in_another_number_of_processes(packed):
 def test_setting_a_position_reads_nothing_before_it(packed, monkeypatch):
     far = stage(packed, steps=100_000)
     reads = []
-    rows = PackedTokens.rows
-    monkeypatch.setattr(PackedTokens, "rows", lambda self, *args: reads.append(args) or rows(self, *args))
+    rows = PackedTokens.rows_with_prompts
+    monkeypatch.setattr(PackedTokens, "rows_with_prompts", lambda self, *args: reads.append(args) or rows(self, *args))
     far.set_state({**far.get_state(), "step": 99_990})
     next(far)
     far.close()

@@ -65,6 +65,8 @@ def test_a_tokenizer_of_ours():
     assert tokenizer.decode(tokenizer.encode("cat's 123\n")) == "cat's 123\n"
     # Text that quotes a special token stays text.
     assert TOKENS.index("<|turn|>") not in tokenizer.encode("<|turn|>")
+    assert tokenizer.chat_template is None
+    assert read_tokenizer(metadata(**{"tokenizer.chat_template": "T"}), "m.gguf").chat_template == "T"
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,19 @@ def test_outputs(smollm2, golden):
     np.testing.assert_allclose(logits_TV[-1], data["last_logits"], atol=atol, rtol=0)
     assert abs(float(nll_T.mean()) - about["mean_nll"]) < 1e-4
     np.testing.assert_array_equal(np.argmax(logits_TV, axis=-1), data["argmax"])
+
+
+def test_conversations(smollm2):
+    """The GGUF file's own chat template, with its standing system prompt."""
+    from hypenet_jax.data.chat import Conversation, Message, encode_conversation, encode_prompt
+
+    tokenizer = smollm2[0].tokenizer
+    turns = ("user", "Hi there"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Ok.")
+    ids, written = encode_conversation(tokenizer, Conversation(tuple(Message(*turn) for turn in turns), "a line"))
+    said = [token for token, is_written in zip(ids, written, strict=True) if is_written]
+    assert tokenizer.decode(said, special_tokens=True) == "Hello!<|im_end|>Ok.<|im_end|>"
+    text = tokenizer.decode(ids, special_tokens=True)
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM") and ids[-1] == 2
+    # No token lies across a border here, so that the pieces are the whole.
+    assert tokenizer.encode(text, special_tokens=True) == ids
+    assert ids[: written.index(True)] == encode_prompt(tokenizer, "Hi there")
