@@ -4,9 +4,10 @@
 shopt -s inherit_errexit
 EXIT_USAGE=2
 EXIT_PREEMPTED=75
+EXIT_LOST=76
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export ROOT EXIT_USAGE EXIT_PREEMPTED
+export ROOT EXIT_USAGE EXIT_PREEMPTED EXIT_LOST
 
 # One sentence on standard error and exit code 2: a mistake that the user can mend.
 usage_error() {

@@ -347,9 +347,12 @@ outcome() {
 
 explain_failure() {
   local worker
+  local ended=$EXIT_LOST
+  # A worker that lost another one is not the cause, unless nothing else is known.
+  [[ ${CODES[*]//$EXIT_LOST/0} =~ [1-9l] ]] || ended=none
   for ((worker = 0; worker < WORKERS; worker++)); do
     case ${CODES[worker]} in
-      0) ;;
+      0 | "$ended") ;;
       lost) fail "worker $worker was lost while it ran; the same command continues, logs are in $LOGS" ;;
       *) fail "worker $worker ended with exit code ${CODES[worker]} (last words: $(grep -v '^hypenet-exit-code=' "$LOGS/worker-$worker.log" | tail -n 1)); logs are in $LOGS, the resource stays, remove it with --down" ;;
     esac

@@ -95,6 +95,14 @@ def test_a_failed_run_names_the_worker_and_keeps_the_resource(cluster):
     assert steps(cluster, 0).count("start") == 1 and cluster.verbs("delete") == []
 
 
+@pytest.mark.parametrize(
+    ("codes", "named"), [([76, 1], "worker 1 ended with exit code 1"), ([0, 76], "worker 1 ended")]
+)
+def test_a_worker_that_lost_another_is_named_only_if_no_other_failed(cluster, codes, named):
+    failed = cluster.run("tpu_pod.sh", *RUN, codes=[codes])
+    assert failed.returncode == 1 and named in failed.stderr, failed.stderr
+
+
 def test_a_resource_that_never_comes_ends_with_a_diagnosis(cluster):
     late = cluster.run("tpu_pod.sh", "--timeout", "1", *RUN, states=["WAITING_FOR_RESOURCES"])
     assert late.returncode == 1
