@@ -53,6 +53,10 @@ COMMANDS = {
         "stage 3 alone: long-context finetune",
         "hypenet finetune --config configs/demo.py --workdir runs/demo",
     ),
+    "cache-teacher": (
+        "write the teacher's output for stage 2, so that distill need not run it",
+        "hypenet cache-teacher --config configs/demo.py --workdir runs/demo --form top-k --k 64",
+    ),
     "fit-scale": (
         "fit the a of the attention scaling alone",
         "hypenet fit-scale --config configs/demo.py --workdir runs/demo",
@@ -75,7 +79,9 @@ COMMANDS = {
         'hypenet generate runs/demo/export --prompt "def main" --max-new-tokens 64',
     ),
 }
-RUN_COMMANDS = ("convert", "align", "select", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain")
+RUN_COMMANDS = (
+    "convert", "align", "select", "cache-teacher", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,6 +158,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "convert": pipeline.run_all,
         "align": pipeline.align,
         "select": pipeline.select_layers,
+        "cache-teacher": lambda run: pipeline.cache_teacher(run, arguments.form, arguments.k),
         "distill": pipeline.distill,
         "finetune": pipeline.finetune,
         "fit-scale": pipeline.fit,
@@ -285,6 +292,9 @@ def _parser() -> argparse.ArgumentParser:
         added[name].add_argument(
             "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a config value"
         )
+    cached = added["cache-teacher"]
+    cached.add_argument("--form", choices=("hidden", "top-k"), default="hidden", help="what is kept of every token")
+    cached.add_argument("--k", type=int, help="with --form top-k: how many of the likeliest tokens")
     kernels = ("lightning", "attention", "decode", "linear_kl")
     added["bench"].add_argument("what", choices=("kernels",))
     added["bench"].add_argument("--only", nargs="+", choices=kernels, default=kernels, help="some of the kernels")

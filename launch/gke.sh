@@ -27,7 +27,7 @@ exit codes: 0 done, 1 failed, 2 a mistake in the input
 
 example:
   launch/gke.sh --name halo-2b --image us-docker.pkg.dev/p/r/hypenet:1 --accelerator tpu-v5-lite-podslice \
-    --topology 4x4 -- distill --config configs/my_config.py --workdir gs://my-bucket/halo-2b
+    --topology 4x4 -- distill --config configs/my_config.py --workdir /mnt/bucket/halo-2b
 HELP
 }
 

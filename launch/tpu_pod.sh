@@ -34,7 +34,7 @@ exit codes: 0 done, 1 failed (the sentence names the worker), 2 a mistake in the
 
 example:
   launch/tpu_pod.sh --name halo-2b --zone us-west4-a --type v5litepod-16 --spot -- \
-    distill --config configs/my_config.py --workdir gs://my-bucket/halo-2b
+    distill --config configs/my_config.py --workdir /mnt/bucket/halo-2b
 HELP
 }
 

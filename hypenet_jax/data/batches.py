@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.data.teacher_rows import TeacherRows
 from hypenet_jax.errors import HypenetError
 
 # Batches made ahead of the training step, and the threads that make them.
@@ -62,11 +63,13 @@ class _ReadRows:
     seq_len: int
     start_token: int
     own: tuple[int, ...]
+    beside: TeacherRows | None
 
     def __call__(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
         rows_B = rows_B[list(self.own)].astype(np.int64)
         tokens_BS, starts_BS = self.packed.rows(self.start_token + rows_B * self.seq_len, self.seq_len + 1)
-        return batch_of(tokens_BS, starts_BS)
+        batch = batch_of(tokens_BS, starts_BS)
+        return batch if self.beside is None else batch | self.beside(rows_B)
 
 
 class StageBatches(Iterator[dict[str, np.ndarray]]):
@@ -75,7 +78,8 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
     The range is cut into steps * batch_size rows of `seq_len` tokens, shuffled by `seed`. batch_size counts the rows
     of all processes; `rows` are the places in every global batch that this one yields, in ascending order (None: all):
     what a step holds does not depend on who reads which part of it. workers: processes that read ahead; 0 reads in
-    threads. Raises HypenetError for arguments out of range.
+    threads. beside: a teacher's output for these rows, whose arrays the batches carry too. Raises HypenetError for
+    arguments out of range.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         seed: int,
         rows: Sequence[int] | None = None,
         workers: int = 0,
+        beside: TeacherRows | None = None,
     ):
         for name, value, lowest in (
             ("seq_len", seq_len, 1),
@@ -106,7 +111,9 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
                 raise HypenetError(f"{name} is {value}; it must be below 2**32")
         rows = tuple(range(batch_size) if rows is None else rows)
         if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < batch_size:
-            raise HypenetError(f"rows are {list(rows)}; give places 0..{batch_size - 1} of the batch in ascending order")
+            raise HypenetError(
+                f"rows are {list(rows)}; give places 0..{batch_size - 1} of the batch in ascending order"
+            )
         self.packed, self.steps, self.workers = packed, steps, workers
         self.stop_token = start_token + steps * batch_size * seq_len
         self._stream = {
@@ -118,11 +125,14 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             "seed": seed,
             "workers": workers,
         }
+        # Kept hidden states are the teacher itself; the likeliest tokens make another loss.
+        if beside is not None and beside.output.form != "hidden":
+            self._stream["teacher"] = f"{beside.output.form} of {beside.output.width}"
         self._dataset = (
             grain.MapDataset.range(steps * batch_size)
             .shuffle(seed=seed)
             .batch(batch_size)
-            .map(_ReadRows(packed, seq_len, start_token, rows))
+            .map(_ReadRows(packed, seq_len, start_token, rows, beside))
         )
         self._step = 0
         self._running: grain.DatasetIterator | None = None
@@ -150,7 +160,8 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         Raises HypenetError where the state is of another stream or was taken with another number of workers.
         """
         stream = state["stream"]
-        for name, value in self._stream.items():
+        for name in (*self._stream, *(name for name in stream if name not in self._stream)):
+            value = self._stream.get(name)
             if stream.get(name) != value:
                 raise HypenetError(
                     f"the saved data position has {name} {stream.get(name)!r} but this run has {value!r}; "

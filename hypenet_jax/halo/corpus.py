@@ -13,6 +13,7 @@ from hypenet_jax.data.batches import StageBatches, document_windows
 from hypenet_jax.data.pack_meta import META
 from hypenet_jax.data.packing import PackedTokens, pack
 from hypenet_jax.data.sources import Document, read_documents
+from hypenet_jax.data.teacher_rows import TeacherRows
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import DataConfig
@@ -102,7 +103,13 @@ def is_heldout(text: str, share: float) -> bool:
 
 
 def stage_batches(
-    packed: PackedTokens, stage: StageConfig, start_token: int, seed: int, workers: int, mesh: Mesh | None = None
+    packed: PackedTokens,
+    stage: StageConfig,
+    start_token: int,
+    seed: int,
+    workers: int,
+    mesh: Mesh | None = None,
+    beside: TeacherRows | None = None,
 ) -> StageBatches:
     """A stage's batches, from `start_token` of the endless stream on; the rows of this process's devices on `mesh`."""
     return StageBatches(
@@ -114,6 +121,7 @@ def stage_batches(
         seed=seed,
         rows=None if mesh is None else own_rows(batch_sharding(mesh), stage.batch_size, stage.seq_len),
         workers=workers,
+        beside=beside,
     )
 
 

@@ -20,8 +20,8 @@ WAIT_SECONDS = 24 * 3600
 # How long a process that ends with an error waits for the others to end with the same one.
 LEAVE_SECONDS = 10
 
-# The exit code where another process has died: EX_PROTOCOL of sysexits.h. The same command continues, but unlike after a
-# preemption nobody knows whether the cause has gone.
+# The exit code where another process has died: EX_PROTOCOL of sysexits.h. The same command continues, but unlike after
+# a preemption nobody knows whether the cause has gone.
 EXIT_LOST = 76
 # How XLA's collectives and the coordination service speak of a process that is gone.
 LOST_WORDS = ("closed by peer", "reset by peer", "onnection refused", "imed out", "UNAVAILABLE", "heartbeat")
@@ -122,7 +122,7 @@ def place_rows(array: np.ndarray, sharding: Sharding, rows: int) -> jax.Array:
     own = own_rows(sharding, rows, array.shape[1]) if len(array) < rows else range(rows)
     place_of = {row: place for place, row in enumerate(own)}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(rows)
         # Neighbours here too, for `own` ascends and holds all of the part.
         return array[place_of[start] : place_of[start] + stop - start][:, *index[1:]]

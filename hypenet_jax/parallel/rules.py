@@ -63,7 +63,7 @@ def rules_of(changes: Mapping[str, Sequence[str]]) -> Rules:
     for name in changes:
         if name not in PARAMETER_AXES:
             raise HypenetError(
-                f"the sharding rule {name!r} is used by no parameter; their logical axes are {', '.join(PARAMETER_AXES)}"
+                f"the sharding rule {name!r} is used by no parameter; their axes are {', '.join(PARAMETER_AXES)}"
             )
     return changed_rules(**changes)
 
