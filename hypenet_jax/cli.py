@@ -55,6 +55,10 @@ COMMANDS = {
         "stage 3 alone: long-context finetune",
         "hypenet finetune --config configs/demo.py --workdir runs/demo",
     ),
+    "cache-teacher": (
+        "write the teacher's output for stage 2, so that distill need not run it",
+        "hypenet cache-teacher --config configs/demo.py --workdir runs/demo --form top-k --k 64",
+    ),
     "fit-scale": (
         "fit the a of the attention scaling alone",
         "hypenet fit-scale --config configs/demo.py --workdir runs/demo",
@@ -90,7 +94,9 @@ COMMANDS = {
     ),
 }
 PLAN_COMMANDS = ("plan", "scaling")
-RUN_COMMANDS = ("convert", "align", "select", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain")
+RUN_COMMANDS = (
+    "convert", "align", "select", "cache-teacher", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,6 +173,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "convert": pipeline.run_all,
         "align": pipeline.align,
         "select": pipeline.select_layers,
+        "cache-teacher": lambda run: pipeline.cache_teacher(run, arguments.form, arguments.k),
         "distill": pipeline.distill,
         "finetune": pipeline.finetune,
         "fit-scale": pipeline.fit,
@@ -382,6 +389,9 @@ def _parser() -> argparse.ArgumentParser:
         added[name].add_argument(
             "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a config value"
         )
+    cached = added["cache-teacher"]
+    cached.add_argument("--form", choices=("hidden", "top-k"), default="hidden", help="what is kept of every token")
+    cached.add_argument("--k", type=int, help="with --form top-k: how many of the likeliest tokens")
     _add_bench(added["bench"])
     added["import"].add_argument("source", help="Hugging Face directory, GGUF file or a stage's directory")
     added["import"].add_argument("directory", help="the Hugging Face directory to write")

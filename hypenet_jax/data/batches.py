@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.data.teacher_rows import TeacherRows
 from hypenet_jax.errors import HypenetError
 
 # Batches made ahead of the training step, and the threads that make them.
@@ -66,12 +67,14 @@ class _ReadRows:
     start_token: int
     own: tuple[int, ...]
     completions: bool
+    beside: TeacherRows | None
 
     def __call__(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
         rows_B = rows_B[list(self.own)].astype(np.int64)
         starts_B = self.start_token + rows_B * self.seq_len
         tokens_BS, starts_BS, prompts_BS = self.packed.rows_with_prompts(starts_B, self.seq_len + 1)
-        return batch_of(tokens_BS, starts_BS, prompts_BS if self.completions else None)
+        batch = batch_of(tokens_BS, starts_BS, prompts_BS if self.completions else None)
+        return batch if self.beside is None else batch | self.beside(rows_B)
 
 
 class StageBatches(Iterator[dict[str, np.ndarray]]):
@@ -81,6 +84,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
     of all processes; `rows` are the places in every global batch that this one yields, in ascending order (None: all):
     what a step holds does not depend on who reads which part of it. workers: processes that read ahead; 0 reads in
     threads. completions: of conversations only what the assistant wrote is in the loss mask; plain text is whole.
+    beside: a teacher's output for these rows, whose arrays the batches carry too.
     Raises HypenetError for arguments out of range.
     """
 
@@ -96,6 +100,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         rows: Sequence[int] | None = None,
         workers: int = 0,
         completions: bool = False,
+        beside: TeacherRows | None = None,
     ):
         for name, value, lowest in (
             ("seq_len", seq_len, 1),
@@ -129,11 +134,14 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             # Left out where it is not: positions from before there were conversations have no such entry.
             **({"completions": True} if completions else {}),
         }
+        # Kept hidden states are the teacher itself; the likeliest tokens make another loss.
+        if beside is not None and beside.output.form != "hidden":
+            self._stream["teacher"] = f"{beside.output.form} of {beside.output.width}"
         self._dataset = (
             grain.MapDataset.range(steps * batch_size)
             .shuffle(seed=seed)
             .batch(batch_size)
-            .map(_ReadRows(packed, seq_len, start_token, rows, completions))
+            .map(_ReadRows(packed, seq_len, start_token, rows, completions, beside))
         )
         self._step = 0
         self._running: grain.DatasetIterator | None = None

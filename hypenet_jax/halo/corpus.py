@@ -13,6 +13,7 @@ from hypenet_jax.data.batches import StageBatches, document_windows
 from hypenet_jax.data.pack_meta import META
 from hypenet_jax.data.packing import PackedTokens, pack
 from hypenet_jax.data.sources import Document, read_documents
+from hypenet_jax.data.teacher_rows import TeacherRows
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import DataConfig
@@ -109,6 +110,7 @@ def stage_batches(
     workers: int,
     mesh: Mesh | None = None,
     completions: bool = False,
+    beside: TeacherRows | None = None,
 ) -> StageBatches:
     """A stage's batches, from `start_token` of the endless stream on; the rows of this process's devices on `mesh`."""
     return StageBatches(
@@ -121,6 +123,7 @@ def stage_batches(
         rows=None if mesh is None else own_rows(batch_sharding(mesh), stage.batch_size, stage.seq_len),
         workers=workers,
         completions=completions,
+        beside=beside,
     )
 
 

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from hypenet_jax import hub
 from hypenet_jax.config import to_mapping
 from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.data.teacher_rows import TeacherOutput, read_output
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.report import write_report
-from hypenet_jax.halo import corpus, precheck, select, transfer, variants
+from hypenet_jax.halo import corpus, precheck, select, teacher_cache, transfer, variants
 from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
-from hypenet_jax.halo.distill import distillation_loss
+from hypenet_jax.halo.distill import cached_distillation_loss, distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.halo.fit_scale import fit_scale
 from hypenet_jax.halo.probes import probes
@@ -38,6 +39,8 @@ from hypenet_jax.train.metrics import ReporterLike
 from hypenet_jax.train.stage import StageConfig
 
 EXPORT, EXPORT_DTYPE = "export", "float32"
+# `teacher_output` of a config: the teacher runs beside the student.
+LIVE = "live"
 # Tokens that the calibrated start measures output norms on.
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 512
 
@@ -89,6 +92,8 @@ def open_run(
 
 def run_all(run: Run) -> pathlib.Path:
     """Every step of HALO in order, the evaluation and the report; finished steps are taken as they are."""
+    if run.config.teacher_output != LIVE:
+        read_output(run.config.teacher_output)
     align(run)
     select_layers(run)
     distill(run)
@@ -140,10 +145,45 @@ def select_layers(run: Run) -> tuple[int, ...]:
 def distill(run: Run) -> dict:
     """Stage 2. Returns the student's parameters after it."""
     student, params = start_student(run)
-    chunk = run.config.distill.token_chunk
-    loss = distillation_loss(run.teacher, student, chunk)
+    chunk, axes, start = run.config.distill.token_chunk, student.param_axes(), corpus.stage_tokens(run.config.align)
+    if run.config.teacher_output == LIVE:
+        loss = distillation_loss(run.teacher, student, chunk)
+        return _train(run, "distill", loss, student, params, axes, run.frozen, start)
+    beside = teacher_cache.rows_for(pathlib.Path(run.config.teacher_output), _teacher_output(run))
+    loss = cached_distillation_loss(run.teacher, student, chunk, beside.output.form)
+    head = "embedding" if run.teacher.config.tie_embeddings else "lm_head"
+    frozen = {head: run.teacher_params[head].astype(run.config.dtype)} if beside.output.form == "hidden" else None
+    return _train(run, "distill", loss, student, params, axes, frozen, start, beside)
+
+
+def cache_teacher(run: Run, form: str = "hidden", k: int | None = None) -> pathlib.Path:
+    """The teacher's output for stage 2, W/teacher_output: last hidden states, or the k likeliest tokens."""
+    vocab = run.teacher.config.vocab_size
+    if form == "top-k" and (k is None or not 1 <= k <= vocab):
+        raise HypenetError(f"k is {k}; --form top-k needs --k between 1 and the {vocab} tokens of the vocabulary")
+    if form != "top-k" and k is not None:
+        raise HypenetError(f"k is {k} but the form is {form!r}; --k goes with --form top-k")
+    directory, output = run.workdir / teacher_cache.DIRECTORY, _teacher_output(run, k)
+    with timed(run.workdir, "cache-teacher"):
+        teacher_cache.write(
+            directory,
+            output,
+            run.teacher,
+            run.frozen,
+            run.text,
+            run.config.distill.batch_size,
+            run.mesh,
+            run.reporter.message,
+        )
+    run.reporter.message(f"cache-teacher  done; `--set teacher_output={directory}` makes distill read it")
+    return directory
+
+
+def _teacher_output(run: Run, top_k: int | None = None) -> TeacherOutput:
+    """What the output of this run's teacher for stage 2 is."""
+    made_by = teacher_cache.fingerprint(run.teacher, run.teacher_params)
     start = corpus.stage_tokens(run.config.align)
-    return _train(run, "distill", loss, student, params, student.param_axes(), run.frozen, start)
+    return teacher_cache.output_of(run.teacher, made_by, run.text, run.config.distill, start, top_k)
 
 
 def finetune(run: Run) -> dict:
@@ -289,11 +329,13 @@ def _measure(run: Run) -> dict:
     )
 
 
-def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, start_token: int) -> dict:
+def _train(
+    run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, start_token: int, beside=None
+) -> dict:
     stage: StageConfig = getattr(run.config, name)
     completions = name == "finetune" and run.config.finetune_loss == "completions"
     seed, workers = run.config.seed, run.config.data.workers
-    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions)
+    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions, beside)
     with timed(run.workdir, name):
         trained, _ = train(
             name=name,

@@ -150,6 +150,7 @@ class ConvertConfig:
     # Logical axis of parameters -> mesh axes, where they differ from the table of parallel/rules.py.
     rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # the student's
     teacher_rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    teacher_output: str = "live"  # what stage 2 learns from: "live", or a directory that `cache-teacher` wrote
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))

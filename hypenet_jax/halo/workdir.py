@@ -27,6 +27,7 @@ FREE = (
     "mesh",
     "rules",
     "teacher_rules",
+    "teacher_output",
     "remat",
     "exchange",
     *(f"{stage}.{field}" for stage in ("align", "distill", "finetune", "train") for field in FREE_FIELDS),

@@ -184,6 +184,21 @@ def linear_kl(
     return _mean_loss(losses.linear_kl, tokens, weights, options)
 
 
+def linear_kl_from_top_k(
+    hidden: jax.Array,
+    weight: jax.Array,
+    indices: jax.Array,
+    log_probs: jax.Array,
+    tail_mass: jax.Array,
+    mask: jax.Array,
+    *,
+    token_chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`kernels_pallas.cross_entropy.linear_kl_from_top_k` of [B,T,D]: mean and count are over all devices' tokens."""
+    tokens = {"hidden": hidden, "indices": indices, "log_probs": log_probs, "tail_mass": tail_mass, "mask": mask}
+    return _mean_loss(losses.linear_kl_from_top_k, tokens, {"weight": weight}, {"token_chunk": token_chunk})
+
+
 def linear_cross_entropy(
     hidden: jax.Array, weight: jax.Array, labels: jax.Array, mask: jax.Array, *, token_chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """The toy training as one of several processes: `python processes_toy.py DIRECTORY MESH STEPS STOP`.
 
-STOP is the last step, where a stage of so many more steps is cut off (0: nowhere)."""
+STOP is the step after which the stage is cut off, 0 for nowhere.
+"""
 
 import contextlib
 import json
