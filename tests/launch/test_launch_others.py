@@ -36,17 +36,23 @@ def test_a_host_gives_up_with_75(cluster):
     assert stopped.returncode == 75 and len((cluster.place / "seen").read_text().splitlines()) == 2
 
 
+def _as_in_a_terminal() -> None:
+    """A shell cannot trap what it was started to ignore, and so are commands in the background, these tests perhaps."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_host_passes_a_signal_on_and_does_not_start_again(cluster):
     path = cluster.place / "hypenet"
     path.write_text(
-        '#!/bin/bash\ncd "$(dirname "$0")"\necho start >> seen\n'
-        'trap "sleep 0.2; echo saved >> seen; exit 75" TERM\nwhile true; do sleep 0.05; done\n'
+        '#!/bin/bash\ncd "$(dirname "$0")"\ntrap "sleep 0.2; echo saved >> seen; exit 75" TERM\n'
+        "echo start >> seen\nwhile true; do sleep 0.05; done\n"
     )
     path.chmod(0o755)
     for sent in (signal.SIGTERM, signal.SIGINT):
         (cluster.place / "seen").unlink(missing_ok=True)
         launcher = subprocess.Popen(
-            [cluster.checkout / "launch/gpu_local.sh", "--hypenet", path, *COMMAND], preexec_fn=os.setpgrp
+            [cluster.checkout / "launch/gpu_local.sh", "--hypenet", path, *COMMAND], preexec_fn=_as_in_a_terminal
         )
         while not (cluster.place / "seen").exists():
             time.sleep(0.02)
