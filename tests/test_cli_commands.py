@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hypenet_jax as hn
-from hypenet_jax.cli import COMMANDS, PLAN_COMMANDS, RUN_COMMANDS, _parser, main
+from hypenet_jax.cli import main
+from hypenet_jax.cli_arguments import COMMANDS, PLAN_COMMANDS, RUN_COMMANDS, parser
 from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
 from hypenet_jax.inference.console import print_stream
@@ -63,7 +64,7 @@ def test_a_command_line_that_does_not_parse(argv, capsys):
 def test_the_examples_parse():
     for command, (_, example) in COMMANDS.items():
         words = [word.strip('"') for word in example.replace('"def main"', "text").split()]
-        assert words[0] == "hypenet" and _parser().parse_args(words[1:]).command == command
+        assert words[0] == "hypenet" and parser().parse_args(words[1:]).command == command
 
 
 def test_doctor(capsys):

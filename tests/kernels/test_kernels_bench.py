@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hypenet_jax import cli
+from hypenet_jax import cli, cli_arguments
 from kernels_pallas import bench as package
 from kernels_pallas.bench import timing
 
@@ -40,7 +40,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 def test_the_command_knows_the_kernels():
     with pytest.raises(ValueError, match="no kernel 'mamba' to measure; known: lightning, "):
         package.bench(("mamba",))
-    bench = cli._parser()._subparsers._group_actions[0].choices["bench"]
+    bench = cli_arguments.parser()._subparsers._group_actions[0].choices["bench"]
     kernels = bench._subparsers._group_actions[0].choices["kernels"]
     action = next(action for action in kernels._actions if action.dest == "only")
     assert tuple(action.choices) == package.KERNELS
