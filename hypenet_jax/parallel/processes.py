@@ -156,19 +156,18 @@ def ended(run: Callable[[], int]) -> int:
         code = run()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized() or not _lost(error):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        print(
-            f"hypenet: process {jax.process_index()} has lost another process ({reason[:200]}); "
-            "the same command continues from the last checkpoint, with any number of processes",
-            file=sys.stderr,
-        )
-        _exit_at_once(EXIT_LOST)
-    except Exception:
+    except Exception as error:
         if not jax.distributed.is_initialized():
             raise
+        if _lost(error):
+            reason = str(error).strip().splitlines()[0]
+            print(
+                f"hypenet: process {jax.process_index()} has lost another process ({reason[:200]}); "
+                "the same command continues from the last checkpoint, with any number of processes",
+                file=sys.stderr,
+            )
+            _exit_at_once(EXIT_LOST)
+        # Raised as it is, it would keep this process waiting for the others, and them for it.
         traceback.print_exc()
         code = 1
     if code:
@@ -177,7 +176,7 @@ def ended(run: Callable[[], int]) -> int:
 
 
 def _lost(error: Exception) -> bool:
-    return any(word in str(error) for word in LOST_WORDS)
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in LOST_WORDS)
 
 
 def _client() -> Any:

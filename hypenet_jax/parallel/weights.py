@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from hypenet_jax.parallel.activations import dividing_axes
+from hypenet_jax.parallel.activations import divided_mesh, dividing_axes
 
 # The logical axis whose mesh axes are gathered; the others of a matrix stay as the rules divide them.
 GATHERED = "embed"
@@ -21,8 +21,8 @@ def gathered(weight: jax.Array, dtype: DTypeLike, *axes: str | None) -> jax.Arra
     gather and one product: left to itself it unrolls each product into a ring of partial ones, which at fsdp=16 made
     4 layers take 147 s to compile for a TPU.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    mesh = divided_mesh()
+    if mesh is None:
         return weight.astype(dtype)
     divided = _spec(mesh, weight.shape, axes)
     whole = _spec(mesh, weight.shape, tuple(None if axis == GATHERED else axis for axis in axes))
