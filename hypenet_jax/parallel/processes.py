@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,8 @@ LEAVE_SECONDS = 10
 EXIT_LOST = 76
 # How XLA's collectives and the coordination service speak of a process that is gone.
 LOST_WORDS = ("closed by peer", "reset by peer", "onnection refused", "imed out", "UNAVAILABLE", "heartbeat")
+# XLA's errors begin so; a call through JAX's C++ path raises them as ValueError.
+XLA_STATUS = r"[A-Z_]+: "
 
 _DONE, _FAILED = "done", "failed "
 _calls = itertools.count()
@@ -159,8 +162,8 @@ def ended(run: Callable[[], int]) -> int:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        if _lost(error):
-            reason = str(error).strip().splitlines()[0]
+        if lost := _lost(error):
+            reason = str(lost).strip().splitlines()[0]
             print(
                 f"hypenet: process {jax.process_index()} has lost another process ({reason[:200]}); "
                 "the same command continues from the last checkpoint, with any number of processes",
@@ -175,8 +178,16 @@ def ended(run: Callable[[], int]) -> int:
     return code
 
 
-def _lost(error: Exception) -> bool:
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in LOST_WORDS)
+def _lost(error: BaseException | None) -> BaseException | None:
+    """The error that tells of a process that is gone: this one, or one that it was raised from."""
+    while error is not None:
+        of_xla = isinstance(error, jax.errors.JaxRuntimeError) or (
+            isinstance(error, ValueError) and re.match(XLA_STATUS, str(error))
+        )
+        if of_xla and any(word in str(error) for word in LOST_WORDS):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _client() -> Any:

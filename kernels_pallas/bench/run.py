@@ -49,6 +49,8 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
     if unknown:
         raise ValueError(f"there is no kernel {unknown[0]!r} to measure; known: {', '.join(KERNELS)}")
     small = jax.default_backend() == "cpu" if small is None else small
+    # Before anything else takes the device's memory.
+    times = peers.fla(LIGHTNING_SHAPES if "lightning" in kernels and not small else [], WIDTH)
     top = ceilings(small)
     device = jax.devices()[0].device_kind
     say(f"{device}: copy {top.copy / 1e12:.2f} TB/s, bfloat16 product {top.matmul / 1e12:.1f} TFLOP/s")
@@ -58,7 +60,6 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
         compiled = [(case, _compiled(case, pool)) for case in cases(kernels, small)]
         # XLA tunes on the device while it compiles: nothing is timed before that is over.
         wait([future for _, functions in compiled for future in functions.values()])
-    times = peers.fla(LIGHTNING_SHAPES if "lightning" in kernels and not small else [], WIDTH)
     for case, functions in compiled:
         measured = _measure(case, functions, times, top)
         rows += measured
