@@ -27,7 +27,16 @@ def milliseconds(function) -> float:
     return statistics.median(times)
 
 
-def times(batch: int, length: int, heads: int, width: int) -> dict[str, float]:
+def milliseconds_or_why(function) -> float | str:
+    """`milliseconds`, or that the shape is too large for the device."""
+    try:
+        return milliseconds(function)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "fails: out of memory"
+
+
+def times(batch: int, length: int, heads: int, width: int) -> dict[str, float | str]:
     """Forward, and forward with backward, in bfloat16, with Lightning's decays of the heads."""
     shape = (batch, length, heads, width)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -43,13 +52,13 @@ def times(batch: int, length: int, heads: int, width: int) -> dict[str, float]:
         forward().backward(cotangent)
 
     with torch.no_grad():
-        alone = milliseconds(forward)
+        alone = milliseconds_or_why(forward)
     shape_name = f"B{batch} T{length} H{heads}"
-    return {f"lightning {shape_name}": alone, f"lightning + backward {shape_name}": milliseconds(both)}
+    return {f"lightning {shape_name}": alone, f"lightning + backward {shape_name}": milliseconds_or_why(both)}
 
 
 if __name__ == "__main__":
-    results: dict[str, float] = {}
+    results: dict[str, float | str] = {}
     for shape in json.loads(sys.argv[1]):
         results |= times(*shape)
     print(json.dumps(results))

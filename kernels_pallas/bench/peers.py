@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def fla(shapes: Sequence[tuple[int, int, int]], width: int) -> dict[str, float]:
+def fla(shapes: Sequence[tuple[int, int, int]], width: int) -> dict[str, float | str]:
     """Milliseconds of fla's simple_gla with fixed decays by kernel and shape, as the table names them; {} without fla.
 
-    In a process of its own: torch and JAX would fight for the device's memory. Its first call tunes for minutes.
+    A text in place of a time says why there is none. In a process of its own: torch and JAX would fight for the
+    device's memory. Its first call tunes for minutes.
     """
     if not shapes or importlib.util.find_spec("fla") is None or jax.default_backend() != "gpu":
         return {}

@@ -48,8 +48,9 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
     unknown = [kernel for kernel in kernels if kernel not in KERNELS]
     if unknown:
         raise ValueError(f"there is no kernel {unknown[0]!r} to measure; known: {', '.join(KERNELS)}")
+    # fla's process comes first and needs the device's memory, of which JAX would take three quarters when it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     small = jax.default_backend() == "cpu" if small is None else small
-    # Before anything else takes the device's memory.
     times = peers.fla(LIGHTNING_SHAPES if "lightning" in kernels and not small else [], WIDTH)
     top = ceilings(small)
     device = jax.devices()[0].device_kind
@@ -84,7 +85,7 @@ def _compiled(case: Case, pool: Executor) -> dict[str, Future]:
     }
 
 
-def _measure(case: Case, functions: dict[str, Future], fla: dict[str, float], top: Ceilings) -> list[dict[str, Any]]:
+def _measure(case: Case, functions: dict[str, Future], fla: dict[str, float | str], top: Ceilings) -> list[dict[str, Any]]:
     about = {"kernel": case.kernel, "shape": case.shape}
     inputs = case.inputs()
     rows: list[dict[str, Any]] = []
@@ -101,8 +102,9 @@ def _measure(case: Case, functions: dict[str, Future], fla: dict[str, float], to
         except Exception as error:  # of a peer's, or of the machine: it is a line of the table, and the others go on
             measured = {"refused": f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
         rows.append({**about, "implementation": name, **measured})
-    if (key := f"{case.kernel} {case.shape}") in fla:
-        rows.append({**about, "implementation": "fla", "milliseconds": fla[key]})
+    if (of_fla := fla.get(f"{case.kernel} {case.shape}")) is not None:
+        outcome = "refused" if isinstance(of_fla, str) else "milliseconds"
+        rows.append({**about, "implementation": "fla", outcome: of_fla})
     at_best = 1e3 * (case.bytes / top.copy if case.bytes else case.flops / top.matmul)
     for row in rows:
         if "milliseconds" in row and at_best:

@@ -6,7 +6,6 @@ segment a row fills the chip. No temporary is larger than the segments' states.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +17,14 @@ from kernels_pallas.dispatch import Backend
 from kernels_pallas.lightning import gpu_kernels
 from kernels_pallas.lightning.gpu_kernels import Layout, Tiles
 from kernels_pallas.lightning.marks import Decay, Marks, marks
+from kernels_pallas.lightning.pieces import of_marks, of_rates
 from kernels_pallas.lightning.recurrence import Options, Passes, backend_function
 
 WIDTHS = (16, 32, 64, 128, 256)
 MIN_CHUNKS = 4  # a segment: fewer would spend more on states than on tokens
 # Pieces a segment, of at least so many chunks. Heads that forget fast leave most of a segment out: cut finely, the
 # rest is shared among more multiprocessors.
-MAX_PIECES, PIECE_CHUNKS = 4, 16
+MAX_PIECES, PIECE_CHUNKS = 8, 32
 MAX_STEPS = 32  # pieces a row, where the segments are not more: `joined_states` is unrolled
 # Bits of decay after which a token is nothing to a float32 state: below the smallest number, undecayed it was about 1.
 FLOAT32_BITS = 150.0
@@ -38,16 +38,17 @@ class Plan(NamedTuple):
 
 
 def plan(options: Options, width: int, key_width: int, dtype) -> Plan:
-    """Tiles by head width, dtype and machine. Measured on an H100 at width 128 in bfloat16 (docs/decisions/0016)."""
+    """Tiles by head width, dtype and machine. Measured on an H100 in bfloat16 (docs/decisions/0016)."""
     exact = options.high or dtype == jnp.float32
     roomy = compute_capability()[0] in (9, 10)  # over 200 KB of shared memory: Hopper, and Blackwell's large chips
-    # K and V change places in the gradients' scans, so the columns of a program must divide both.
-    columns = min(width, key_width, 64 if exact or key_width > 128 else 128)
-    tiles = Tiles(64 if roomy and not exact else 32, columns, 4 if min(width, key_width) <= 64 else 8, 2)
-    if exact and key_width > 128:
+    # K and V change places in the gradients' scans: what holds for one must hold for the other.
+    narrow, wide = min(width, key_width), max(width, key_width) > 128
+    columns = min(narrow, 64 if exact or (wide and not roomy) else 128)
+    tiles = Tiles(32 if exact or wide or not roomy else 64, columns, 4 if narrow <= 64 else 8, 2)
+    if exact and wide:
         # What fits in shared memory.
-        tiles = tiles._replace(chunk=16) if roomy else tiles._replace(chunk=16, columns=32, stages=1)
-    if exact or not roomy or key_width > 128:
+        tiles = tiles._replace(chunk=16) if roomy else tiles._replace(chunk=16, columns=min(narrow, 32), stages=1)
+    if exact or not roomy:
         return Plan(tiles, tiles)
     return Plan(tiles._replace(stages=4), tiles._replace(stages=3))
 
@@ -119,8 +120,9 @@ def _layout(options: Options, tiles: Plan, q, v) -> Layout:
     batch, length, heads, _ = q.shape
     chunks = -(-length // tiles.scan.chunk)
     programs = batch * heads * (v.shape[-1] // tiles.scan.columns)
-    # One program on each multiprocessor fills the chip: two measured the same.
-    segments = max(1, min(multiprocessors() // programs, chunks // MIN_CHUNKS))
+    # One program on each multiprocessor fills the chip; narrow ones wait for each other less if they are two.
+    room = multiprocessors() * (2 if v.shape[-1] <= 32 else 1)
+    segments = max(1, min(room // programs, chunks // MIN_CHUNKS))
     pieces = max(1, min(MAX_PIECES, chunks // (segments * PIECE_CHUNKS), MAX_STEPS // segments))
     per_segment = -(-chunks // (segments * pieces)) * pieces
     exact = options.high or q.dtype == jnp.float32
@@ -141,47 +143,11 @@ def _starts(
     if layout.segments == 1:
         return first_state[:, None]
     batch, _, heads, _ = k.shape
-    skip, live, keep = (
-        jnp.broadcast_to(x.swapaxes(1, 2), (batch, layout.steps, heads))
-        for x in _pieces(layout, tiles.chunk, rates, marked, FLOAT32_BITS if short_memory is None else short_memory)
-    )
+    bits = FLOAT32_BITS if short_memory is None else short_memory
+    pieces = of_marks(layout, marked, bits) if marked else of_rates(layout, tiles.chunk, rates, bits)
+    skip, live, keep = (jnp.broadcast_to(x.swapaxes(1, 2), (batch, layout.steps, heads)) for x in pieces)
     local = kernels.local_states(layout, tiles, rates, skip, marked, k, v)
     return kernels.joined_states(layout, local, live, keep, first_state)
-
-
-def _pieces(layout: Layout, chunk: int, rates, marked, bits: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each piece [b,H,P] in the order of the scan: chunks to leave out, whether any are left, and its decay.
-
-    A chunk is left out whose tokens have decayed by more than `bits` at the end of the segment, or are of another
-    document than its state. An axis b of size 1 is shared by all rows.
-    """
-    chunks, shape = -(-layout.length // chunk), (layout.segments, layout.per_segment)
-
-    def fold(x, mode="edge"):
-        """[..,N] -> [..,segments,per_segment]"""
-        fill = [(0, 0)] * (x.ndim - 1) + [(0, math.prod(shape) - chunks)]
-        return jnp.pad(x, fill, mode=mode).reshape(*x.shape[:-1], *shape)
-
-    if marked:
-        lag = fold(marked.lag_bhNC[..., -1], "constant")
-        before, after = fold(marked.state_bN1[:, None, :-1]), fold(marked.state_bN1[:, None, 1:])
-    else:
-        lag = fold(jnp.broadcast_to(rates[None, :, None] * chunk, (1, rates.size, chunks)), "constant")
-        before = after = jnp.zeros((1, 1, *shape), jnp.int32)
-    gap = jnp.cumsum(lag if layout.reverse else lag[..., ::-1], axis=-1)
-    gap = gap - lag if layout.reverse else gap[..., ::-1] - lag
-    another = before != before[..., :1] if layout.reverse else after != after[..., -1:]
-    real = jnp.arange(math.prod(shape)).reshape(shape) < chunks
-    forgotten = real & ((gap > bits * math.log(2.0)) | another)
-
-    pieces = (layout.segments * layout.pieces, -1)
-    lag, before, after, forgotten = (x.reshape(*x.shape[:2], *pieces) for x in (lag, before, after, forgotten))
-    skip = jnp.sum(forgotten, axis=-1, dtype=jnp.int32)
-    live = skip < jnp.sum(real.reshape(pieces), axis=-1)
-    keep = jnp.where(before[..., 0] == after[..., -1], jnp.exp(-jnp.sum(lag, axis=-1)), 0.0)
-    order = slice(None, None, -1 if layout.reverse else 1)
-    skip, live, keep = (x[..., order][..., : layout.steps] for x in (skip, live, keep))
-    return skip, live, keep
 
 
 def refuses(*, q_BTHK, k_BTHK, v_BTHV) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 
 from hypenet_jax import cli, cli_arguments
 from kernels_pallas import bench as package
-from kernels_pallas.bench import timing
+from kernels_pallas.bench import peers, timing
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,18 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
         assert rows[key]["temporary_bytes"] >= 0
     printed = capsys.readouterr().out
     assert "of ceiling" in printed and "its four products alone" in printed
+
+
+def test_a_peer_that_fails_is_a_line_of_the_table(monkeypatch):
+    def fla(shapes, width):
+        return {"decode attention B1 keys 4096 H16/8": "fails: out of memory"}
+
+    monkeypatch.setattr(peers, "fla", fla)
+    lines = []
+    rows = package.bench(("decode",), small=True, say=lines.append)["rows"]
+    (row,) = (row for row in rows if row["implementation"] == "fla")
+    assert row["refused"] == "fails: out of memory" and "milliseconds" not in row
+    assert any("fla" in line and "out of memory" in line for line in lines)
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

@@ -11,8 +11,7 @@ import pytest
 from lightning_contract import BFLOAT16, FLOAT32, check, inputs, run, segments
 
 from kernels_pallas.lightning import gpu, lightning_attention, slopes, xla
-from kernels_pallas.lightning.gpu_kernels import Layout, Tiles
-from kernels_pallas.lightning.marks import Decay, marks
+from kernels_pallas.lightning.gpu_kernels import Tiles
 from kernels_pallas.lightning.recurrence import Passes, backend_function
 from kernels_pallas.selfcheck import relative_error
 
@@ -73,35 +72,6 @@ def test_a_short_memory_leaves_out_what_it_says(monkeypatch):
     assert errors[0] > 1e-4  # or the option would do nothing
     with pytest.raises(ValueError, match="short_memory is 0"):
         lightning_attention(q, k, v, slopes(1), short_memory=0)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("segmented", [False, True])
-def test_pieces_leave_out_what_a_segments_end_has_forgotten(segmented, reverse):
-    """By going through the tokens: two segments of 8 chunks of 16 tokens, in four pieces; 240 of 256 tokens."""
-    length, chunk, rates = 240, 16, np.array([0.01, 3.0], np.float32)
-    ids = segments((1, length), runs=0.01) if segmented else np.zeros((1, length), np.int32)
-    layout = Layout(reverse, length, 2, 8, 4, False, True)
-    marked = marks(Decay(rates, None), chunk, length, jnp.asarray(ids))
-    skip, live, keep = (np.asarray(x)[0] for x in gpu._pieces(layout, chunk, jnp.asarray(rates), marked, 150.0))
-
-    real = [t for t in range(length) if ids[0, t] >= 0]
-    for head, rate in enumerate(rates):
-        for step in range(4):  # pieces of two chunks, of the segment that is scanned first
-            piece, edge = 7 - step if reverse else step, 128
-            lasting = 0
-            for c in range(2):
-                first = 32 * piece + 16 * c
-                if first >= length:
-                    continue
-                beyond = [t for t in real if (edge <= t < first if reverse else first + 16 <= t < edge)]
-                inside = [t for t in real if first <= t < first + 16]
-                near = (inside[:1] if reverse else inside[-1:]) or beyond
-                one = len({ids[0, t] for t in (*beyond, *near)}) <= 1
-                lasting += one and rate * len(beyond) <= 150 * np.log(2)
-            assert skip[head, step] == sum(32 * piece + 16 * c < length for c in range(2)) - lasting, (head, step)
-            assert live[head, step] == (lasting > 0)
-    assert skip[1].any() and live.any() and keep.shape == (2, 4)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
