@@ -85,7 +85,9 @@ def _compiled(case: Case, pool: Executor) -> dict[str, Future]:
     }
 
 
-def _measure(case: Case, functions: dict[str, Future], fla: dict[str, float | str], top: Ceilings) -> list[dict[str, Any]]:
+def _measure(
+    case: Case, functions: dict[str, Future], fla: dict[str, float | str], top: Ceilings
+) -> list[dict[str, Any]]:
     about = {"kernel": case.kernel, "shape": case.shape}
     inputs = case.inputs()
     rows: list[dict[str, Any]] = []
