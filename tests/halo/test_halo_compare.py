@@ -12,8 +12,9 @@ from hypenet_jax.cli import main
 from hypenet_jax.config import load_config
 from hypenet_jax.data.tokenizers import byte_tokenizer
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.compare import trainings
+from hypenet_jax.halo.compare import heldout_prose, trainings
 from hypenet_jax.halo.compare_settings import ComparisonConfig, VariantConfig
+from hypenet_jax.halo.corpus import is_heldout
 from hypenet_jax.halo.pretrain import network
 from hypenet_jax.halo.settings import DataConfig, EvaluateConfig, NetworkConfig
 from hypenet_jax.halo.shared_program import choice, shared_program
@@ -99,6 +100,13 @@ def test_a_stopped_comparison_goes_on_and_is_reported(program, tmp_path, content
     assert "step 3/3" not in capsys.readouterr().err
     found = json.loads((directory / "report" / "report.json").read_text())
     assert [row["total"] for row in found["lines"][2]["accuracy"]] == [3, 3]
+    for setting, words in (
+        ("evaluate.lengths=[128]", "in config section 'evaluate': length 128 is too short"),
+        ("evaluate.perplexity_length=5000", "needs a held-out document of 5001 tokens"),
+        ("fit_scale.length=5000", "in config section 'fit_scale': a length of 5000"),
+    ):
+        assert run(program, directory, setting) == 2
+        assert words in capsys.readouterr().err
     assert run(program, directory, "train.steps=4") == 2
     assert "belongs to another run: train.steps was 3 and is 4" in capsys.readouterr().err
 
@@ -216,3 +224,14 @@ def test_the_other_kind_of_config(program, tmp_path, capsys):
     assert run("configs/demo_teacher.py", tmp_path / "b") == 2
     assert "needs one for comparing architectures" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_tested_on_is_prose_and_new(documents_file):
+    twice = DataConfig((str(documents_file), "retrieval:50", str(documents_file)), heldout_share=0.3)
+    texts = heldout_prose(twice, byte_tokenizer())
+    rows = [json.loads(line)["text"] for line in documents_file.read_text().splitlines()]
+    assert texts == [text for text in rows if is_heldout(text, 0.3)] and 10 < len(texts) < 50
+    named = DataConfig(("retrieval:50",), heldout=(str(documents_file),))
+    assert heldout_prose(named, byte_tokenizer()) == rows
+    with pytest.raises(HypenetError, match="all synthetic"):
+        heldout_prose(DataConfig(("retrieval:50",)), byte_tokenizer())
