@@ -85,18 +85,30 @@ def _run(arguments: argparse.Namespace) -> None:
 def _run_config(arguments: argparse.Namespace) -> None:
     from hypenet_jax.config import load_config
     from hypenet_jax.halo import pipeline
+    from hypenet_jax.halo.compare import compare
+    from hypenet_jax.halo.compare_settings import ComparisonConfig
     from hypenet_jax.halo.pretrain import pretrain
-    from hypenet_jax.halo.settings import PretrainConfig
+    from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
     from hypenet_jax.train.metrics import Reporter
 
     config = load_config(arguments.config, arguments.set)
     reporter = Reporter()
-    scratch = isinstance(config, PretrainConfig)
-    if scratch != (arguments.command == "pretrain"):
-        kind = "training from scratch" if scratch else "converting a teacher"
+    kinds: dict[type, str] = {
+        ConvertConfig: "converting a teacher",
+        PretrainConfig: "training from scratch",
+        ComparisonConfig: "comparing architectures",
+    }
+    wanted: type = {"pretrain": PretrainConfig, "compare-architectures": ComparisonConfig}.get(
+        arguments.command, ConvertConfig
+    )
+    if not isinstance(config, wanted):
         raise HypenetError(
-            f"{arguments.config} is a config for {kind}; hypenet {arguments.command} needs the other kind"
+            f"{arguments.config} is a config for {kinds[type(config)]}; hypenet {arguments.command} needs one for "
+            f"{kinds[wanted]}"
         )
+    if isinstance(config, ComparisonConfig):
+        reporter.message(f"the report is {compare(config, arguments.workdir, reporter)}")
+        return
     if isinstance(config, PretrainConfig):
         reporter.message(f"the report is {pretrain(config, arguments.workdir, reporter, _whole_run(arguments))}")
         return
@@ -264,8 +276,7 @@ def _conversion(arguments: argparse.Namespace) -> Any:
     config = load_config(arguments.config, arguments.set)
     if not isinstance(config, ConvertConfig):
         raise HypenetError(
-            f"{arguments.config} is a config for training from scratch; hypenet {arguments.command} needs one for "
-            "converting a teacher"
+            f"{arguments.config} is no config for converting a teacher; hypenet {arguments.command} needs one"
         )
     return config
 

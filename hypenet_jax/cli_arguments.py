@@ -64,6 +64,10 @@ COMMANDS = {
         "train from scratch with cross-entropy",
         "hypenet pretrain --config configs/demo_teacher.py --workdir runs/teacher",
     ),
+    "compare-architectures": (
+        "train several architectures from scratch and test them far beyond their training length",
+        "hypenet compare-architectures --config configs/from_scratch.py --workdir runs/from_scratch",
+    ),
     "generate": (
         "continue a prompt, streaming to the terminal",
         'hypenet generate runs/demo/export --prompt "def main" --max-new-tokens 64',
@@ -72,6 +76,7 @@ COMMANDS = {
 PLAN_COMMANDS = ("plan", "scaling")
 RUN_COMMANDS = (
     "convert", "align", "select", "cache-teacher", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain",
+    "compare-architectures",
 )  # fmt: skip
 
 

@@ -16,19 +16,22 @@ from typing import Any
 import ml_collections
 
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.halo.compare_settings import ComparisonConfig
 from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
 from hypenet_jax.parallel.presets import preset
 
+AnyConfig = ConvertConfig | PretrainConfig | ComparisonConfig
 
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConvertConfig | PretrainConfig:
+
+def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Run `get_config()` of a config program, apply "section.field=value" overrides and check the whole.
 
-    A config with a `model` section trains from scratch, one with a `teacher` converts. `mesh` may be the name of a
-    machine (see `parallel.presets`) instead of sizes by axis. Relative paths are taken
-    from the current directory, except those that the program itself makes absolute.
+    A config with `variants` compares architectures, one with a `model` section alone trains from scratch, one with a
+    `teacher` converts. `mesh` may be the name of a machine (see `parallel.presets`) instead of sizes by axis. Relative
+    paths are taken from the current directory, except those that the program itself makes absolute.
     """
     tree = _run_program(pathlib.Path(path))
-    kind: type = PretrainConfig if "model" in tree else ConvertConfig
+    kind: type = ComparisonConfig if "variants" in tree else PretrainConfig if "model" in tree else ConvertConfig
     for override in overrides:
         _apply_override(tree, override, kind)
     if isinstance(tree.get("mesh"), str):

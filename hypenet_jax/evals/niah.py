@@ -79,6 +79,7 @@ def score_forced(
     *,
     prefill_chunk: int | None = None,
     alternatives: bool = True,
+    row_length: int | None = None,
 ) -> NiahScore:
     """Whether greedy generation would begin with the answer, by one teacher-forced forward and no generation.
 
@@ -89,16 +90,16 @@ def score_forced(
 
     Rows are right-padded to their samples' `length` with segment id -1, the last batch with empty rows: one
     compilation per (model, length, batch_size). prefill_chunk None runs `model.hidden` on whole rows; a number runs
-    `model.step` over chunks of that many tokens with a cache, for lengths whose activations would not fit.
+    `model.step` over chunks of that many tokens with a cache, for lengths whose activations would not fit. row_length:
+    all rows are of that length, so that samples of several lengths share one compilation.
     """
-    correct = _forced_pass(model, params, samples, [s.answer_ids for s in samples], batch_size, prefill_chunk)
+    how = (batch_size, prefill_chunk, row_length)
+    correct = _forced_pass(model, params, samples, [s.answer_ids for s in samples], *how)
     missed = [i for i, right in enumerate(correct) if not right and samples[i].alternative_ids]
     if alternatives and missed:
         again = [samples[i] for i in missed]
         answers = [sample.alternative_ids for sample in again]
-        for i, right in zip(
-            missed, _forced_pass(model, params, again, answers, batch_size, prefill_chunk), strict=True
-        ):
+        for i, right in zip(missed, _forced_pass(model, params, again, answers, *how), strict=True):
             correct[i] = right
     return NiahScore(tuple(correct), _rows(samples, correct))
 
@@ -110,11 +111,12 @@ def _forced_pass(
     answers: Sequence[Sequence[int]],
     batch_size: int,
     prefill_chunk: int | None,
+    row_length: int | None,
 ) -> list[bool]:
     correct = [False] * len(samples)
     width = -(-max((len(a) for s in samples for a in (s.answer_ids, s.alternative_ids)), default=1) // 8) * 8
-    for indices in _batches(samples, batch_size):
-        length = samples[indices[0]].length
+    for indices in _batches(samples, batch_size, row_length):
+        length = row_length or samples[indices[0]].length
         tokens_BT = np.zeros((batch_size, length), np.int32)
         segments_BT = np.full((batch_size, length), -1, np.int32)
         targets_BA = np.full((batch_size, width), -1, np.int32)
@@ -176,15 +178,15 @@ def _chunked_hidden(model, params, tokens_BT, valid_BT, positions_BA, chunk):
     return found_BAD
 
 
-def _batches(samples: Sequence[NiahSample], batch_size: int) -> Iterator[list[int]]:
-    """Indices of at most batch_size samples of one length."""
+def _batches(samples: Sequence[NiahSample], batch_size: int, row_length: int | None = None) -> Iterator[list[int]]:
+    """Indices of at most batch_size samples of one length, or of any where all rows are of `row_length`."""
     if batch_size < 1:
         raise HypenetError(f"batch_size is {batch_size}; give at least 1")
     if not samples:
         raise HypenetError("there are no samples to score; make at least 1")
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
-        by_length[sample.length].append(i)
+        by_length[row_length or sample.length].append(i)
     for length in sorted(by_length):
         indices = by_length[length]
         for start in range(0, len(indices), batch_size):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from hypenet_jax.errors import HypenetError
@@ -24,14 +25,13 @@ _MARK = '<meta name="generator" content="hypenet_jax report">'
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     """Write W/report/index.html and W/report/report.json from what the work directory holds; the page's path.
 
+    The work directory of a comparison gets a page of its own kind, and the figure as figure.png too.
     The page is self-contained: inline styles and SVG, nothing loaded from anywhere. What is missing is shown as not
     measured. Raises HypenetError when the directory holds nothing to report, when one of its files is broken, or when
     report/index.html is a page of somebody else.
     """
     directory = pathlib.Path(workdir)
-    found = gather(directory)
-    from hypenet_jax.evals.report_html import page  # matplotlib is imported only where a page is drawn
-
+    found, page, files = _drawn(directory)
     target = directory / "report"
     index = target / "index.html"
     if index.exists() and _MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
@@ -39,11 +39,26 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     text = page(found, _MARK)
     try:
         target.mkdir(exist_ok=True)
-        _replace(target / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-        _replace(index, text)
+        for name, content in files.items():
+            _replace(target / name, content)
+        _replace(target / "report.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+        _replace(index, text.encode())
     except OSError as error:
         raise HypenetError(f"{target} cannot be written ({error}); free space or check its permissions") from error
     return index
+
+
+def _drawn(directory: pathlib.Path) -> tuple[dict[str, Any], Callable[[dict[str, Any], str], str], dict[str, bytes]]:
+    """(what report.json holds, the function that makes the page of it, further files)."""
+    # matplotlib is imported only where a page is drawn.
+    if "variants" in (read_object(directory / "config.json") or {}):
+        from hypenet_jax.evals import comparison, comparison_html
+
+        found = comparison.gather(directory)
+        return found, comparison_html.page, {"figure.png": comparison_html.picture(found)}
+    from hypenet_jax.evals import report_html
+
+    return gather(directory), report_html.page, {}
 
 
 def gather(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -57,16 +72,16 @@ def gather(workdir: str | os.PathLike) -> dict[str, Any]:
     directory = pathlib.Path(workdir)
     if not directory.is_dir():
         raise HypenetError(f"the work directory {directory} does not exist; give one that `hypenet convert` made")
-    config, run = _read(directory / "config.json"), _read(directory / "run.json")
-    select, fit = _read(directory / "select.json"), _read(directory / "fit_scale.json")
-    evaluated, export = _read(directory / "eval.json"), _read(directory / "export" / "config.json")
-    stages = {name: records for name in STAGES if (records := _metrics(directory / name / "metrics.jsonl"))}
+    config, run = read_object(directory / "config.json"), read_object(directory / "run.json")
+    select, fit = read_object(directory / "select.json"), read_object(directory / "fit_scale.json")
+    evaluated, export = read_object(directory / "eval.json"), read_object(directory / "export" / "config.json")
+    stages = {name: records for name in STAGES if (records := metrics_records(directory / name / "metrics.jsonl"))}
     if all(piece is None for piece in (config, select, fit, evaluated, export)) and not stages:
         raise HypenetError(f"the work directory {directory} holds nothing to report; run `hypenet convert` first")
     _check_eval(directory / "eval.json", evaluated)
     scratch = "model" in config if config else "train" in stages
     student = summary(export) if export else _student_of(select, config)
-    return _finite(
+    return finite(
         {
             "name": directory.resolve().name,
             "kind": "training" if scratch else "conversion",
@@ -143,7 +158,7 @@ def _teacher_of(config: dict[str, Any] | None, student: dict[str, Any] | None) -
     teacher = {"name": str(config["teacher"])}
     own = pathlib.Path(teacher["name"]) / "config.json"
     if own.is_file():
-        return teacher | summary(_read(own) or {})
+        return teacher | summary(read_object(own) or {})
     if student is None:
         return teacher
     kept = ("layers", "width", "ffn", "heads", "kv_heads", "head_dim", "vocabulary", "tied_head", "rope_theta")
@@ -168,7 +183,8 @@ def _student_of(select: dict[str, Any] | None, config: dict[str, Any] | None) ->
     return {"layers": len(scores), "mixers": mixers}
 
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
+def read_object(path: pathlib.Path) -> dict[str, Any] | None:
+    """The file's JSON object, None where there is no file; HypenetError for anything else."""
     if not path.is_file():
         return None
     try:
@@ -180,7 +196,7 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
     return value
 
 
-def _metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+def metrics_records(path: pathlib.Path) -> list[dict[str, Any]]:
     """Records by step, the later of two winning; a torn last line (a run cut off while writing) is left out."""
     if not path.is_file():
         return []
@@ -208,19 +224,20 @@ def _check_eval(path: pathlib.Path, evaluated: dict[str, Any] | None) -> None:
                     raise HypenetError(f"{path} has {section} rows of {model} without {wanted}; evaluate again")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for numbers that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def _replace(path: pathlib.Path, content: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError:

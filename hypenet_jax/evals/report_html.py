@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -12,6 +11,14 @@ from typing import Any
 from hypenet_jax.evals import report_needles, report_plots
 from hypenet_jax.evals.report import MODELS, STAGES, ordered
 from hypenet_jax.evals.report_axes import short, short_length
+from hypenet_jax.evals.report_parts import beside as _beside
+from hypenet_jax.evals.report_parts import card as _card
+from hypenet_jax.evals.report_parts import clock as _clock
+from hypenet_jax.evals.report_parts import drawn as _drawn
+from hypenet_jax.evals.report_parts import missing as _missing
+from hypenet_jax.evals.report_parts import provenance as _provenance
+from hypenet_jax.evals.report_parts import section as _section
+from hypenet_jax.evals.report_parts import table as _table
 from hypenet_jax.evals.report_style import ATTENTION, CSS, LIGHTNING, model_colour, model_name
 
 _STAGE_NAMES = {
@@ -98,13 +105,6 @@ def _cards(found: dict[str, Any]) -> list[str]:
             gain = f"loss {min(v for v in fit['loss'] if v is not None):.3f}, unscaled {fit['loss_unscaled']:.3f}"
         cards.append(_card("Fitted a of the query scaling", f"{fit['a']:.4g}", gain))
     return cards
-
-
-def _card(label: str, value: str, note: str) -> str:
-    return (
-        f'<div class="card"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
-    )
 
 
 def _network(found: dict[str, Any]) -> str:
@@ -309,52 +309,6 @@ def _samples(found: dict[str, Any]) -> str:
     return _section("Samples", '<p class="about">Greedy continuations; the prompt in grey.</p>', *blocks)
 
 
-def _provenance(found: dict[str, Any]) -> str:
-    run, parts = found["run"] or {}, []
-    if run.get("command"):
-        parts.append(f"<pre>{escape(str(run['command']))}</pre>")
-    rows = [["Device", escape(str(run["device"]))]] if run.get("device") else []
-    versions = run.get("versions") or {}
-    if versions:
-        rows.append(["Versions", escape(", ".join(f"{k} {v}" for k, v in versions.items()))])
-    seconds = {step: t for step, t in (run.get("seconds") or {}).items() if t is not None}
-    rows += [[f"Wall time, {escape(step)}", _clock(t)] for step, t in seconds.items()]
-    if rows:
-        body = "".join(f"<tr><td>{left}</td><td>{right}</td></tr>" for left, right in rows)
-        parts.append(f'<table class="facts"><tbody>{body}</tbody></table>')
-    if not parts:
-        parts.append(_missing("command, versions and wall times", "run.json is not there"))
-    if found["config"]:
-        text = escape(json.dumps(found["config"], indent=1, ensure_ascii=False))
-        parts.append(f"<details><summary>The whole config</summary><pre>{text}</pre></details>")
-    return _section("How this was made", *parts)
-
-
-def _section(heading: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{''.join(parts)}\n</section>"
-
-
-def _missing(what: str, why: str) -> str:
-    return f'<p class="missing"><b>Not measured:</b> {escape(what)} ({escape(why)}).</p>'
-
-
-def _drawn(drawing: str, caption: str) -> str:
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{drawing}{below}</figure>"
-
-
-def _beside(*parts: str) -> str:
-    """A figure with its small table to the right; one of them alone keeps its width."""
-    return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _dot(model: str) -> str:
     return f'<span class="dot" style="--c:{model_colour(model)}"></span>{escape(model_name(model))}'
 
@@ -367,10 +321,3 @@ def _mean_accuracy(rows: Sequence[dict[str, Any]], model: str, length: int) -> f
 
 def _tokens_trained(found: dict[str, Any]) -> float:
     return sum(records[-1].get("tokens") or 0 for records in found["stages"].values())
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -236,6 +236,8 @@ def test_forced_and_generated_scores_agree(memory):
     assert all(g or not f for f, g in zip(forced.correct, generated.correct, strict=True))
     assert any(forced.correct)
     assert niah.score_forced(model, None, samples, batch_size=3, prefill_chunk=32).correct == forced.correct
+    # Samples of 48 and of 80 tokens side by side in rows of 96.
+    assert niah.score_forced(model, None, samples, batch_size=4, row_length=96).correct == forced.correct
     strict = niah.score_forced(model, None, samples, batch_size=4, alternatives=False)
     assert sum(strict.correct) < sum(forced.correct)
 
@@ -257,3 +259,5 @@ def test_a_score_fills_the_rows_of_eval_json():
     assert sum(row["total"] for row in result.rows) == 4
     with pytest.raises(HypenetError):
         niah.score_forced(Copier(2), None, [])
+    with pytest.raises(HypenetError, match="but the length is 20; raise it"):
+        niah.score_forced(Copier(2), None, samples, row_length=20)

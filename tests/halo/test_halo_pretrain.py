@@ -146,7 +146,10 @@ def test_a_refusal_comes_before_the_first_step(program, tmp_path, capsys):
 
 def test_the_other_kind_of_config(program, convert_config, tmp_path, capsys):
     assert main(["convert", "--config", str(program), "--workdir", str(tmp_path / "a")]) == 2
-    assert "is a config for training from scratch; hypenet convert needs the other kind" in capsys.readouterr().err
+    assert (
+        "is a config for training from scratch; hypenet convert needs one for converting a teacher"
+        in capsys.readouterr().err
+    )
     assert main(["pretrain", "--config", str(convert_config), "--workdir", str(tmp_path / "b")]) == 2
     assert "is a config for converting a teacher" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
