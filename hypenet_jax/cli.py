@@ -85,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _run_config(arguments: argparse.Namespace) -> None:
     from hypenet_jax.config import load_config
     from hypenet_jax.halo import pipeline
+    from hypenet_jax.halo.compare_selection import compare
     from hypenet_jax.halo.pretrain import pretrain
     from hypenet_jax.halo.settings import PretrainConfig
     from hypenet_jax.train.metrics import Reporter
@@ -104,6 +105,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "convert": pipeline.run_all,
         "align": pipeline.align,
         "select": pipeline.select_layers,
+        "compare-selection": compare,
         "cache-teacher": lambda run: pipeline.cache_teacher(run, arguments.form, arguments.k),
         "distill": pipeline.distill,
         "finetune": pipeline.finetune,

@@ -39,8 +39,8 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     text = page(found, _MARK)
     try:
         target.mkdir(exist_ok=True)
-        _replace(target / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-        _replace(index, text)
+        replace_file(target / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+        replace_file(index, text)
     except OSError as error:
         raise HypenetError(f"{target} cannot be written ({error}); free space or check its permissions") from error
     return index
@@ -216,7 +216,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def replace_file(path: pathlib.Path, text: str) -> None:
+    """Write a text file beside its place and move it there."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
