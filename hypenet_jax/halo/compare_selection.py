@@ -110,7 +110,7 @@ def _check(run: Run) -> None:
                 select.choose({}, num_layers, method, config.select.keep)
     if "gate-search" in config.compare.methods:
         precheck.check_gate(config, run.mesh)
-    precheck.check_evaluation(evaluation_of(run), run.tokenizer, run.heldout, config.seed)
+    precheck.check_evaluation(evaluation_of(run), run.tokenizer, run.heldout, config.seed, "compare")
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -69,9 +69,11 @@ def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, 
     check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
 
 
-def check_evaluation(settings: EvaluateConfig, tokenizer: Tokenizer, heldout: PackedTokens, seed: int) -> None:
+def check_evaluation(
+    settings: EvaluateConfig, tokenizer: Tokenizer, heldout: PackedTokens, seed: int, name: str = "evaluate"
+) -> None:
     """Raise HypenetError where no held-out document is as long as perplexity needs, or a length holds no needle."""
-    with section("evaluate"):
+    with section(name):
         corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
         suite.prompt_ids(tokenizer, settings.prompts, settings.chat)
         essays = settings.essays or corpus.heldout_prose(heldout, tokenizer)

@@ -1,6 +1,6 @@
 """The joint gate search: the pressure, the mixed network, and a network whose right answer is known."""
 
-import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hypenet_jax as hn
-from hypenet_jax.evals.recall import recall_rows
+from hypenet_jax.data.packing import PackedTokens, pack
+from hypenet_jax.data.sources import Document
+from hypenet_jax.data.tokenizers import byte_tokenizer
 from hypenet_jax.halo.align import mixers_of
 from hypenet_jax.halo.gate_batches import GateBatches, packed_retrieval, retrieval_rows
 from hypenet_jax.halo.gates import gate_loss, gate_stage, gated_hidden, open_share, pressed, sampled_gates
 from hypenet_jax.halo.settings import GateSearchConfig
-from hypenet_jax.halo.variants import measure_restored
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.parallel.mesh import make_mesh
 from hypenet_jax.parallel.rules import replicated
@@ -59,6 +60,42 @@ def test_open_and_closed_gates_are_teacher_and_student(tiny, packed_batch):
         got = hidden(params, mixers_of(rnn_params, 2), jnp.full((2, 2), gate), tokens, ids)
         wanted = model.hidden(weights, tokens, ids)
         np.testing.assert_allclose(got[ids >= 0], wanted[ids >= 0], rtol=0, atol=2e-5)
+
+
+def test_drawn_gates_are_open_as_often_as_the_pressed_scalars_say():
+    scalars = jnp.asarray([-2.0, 0.0, 1.0])
+    uniform = np.random.default_rng(0).random((4000, 3), np.float32)
+    drawn = np.asarray(sampled_gates(scalars, uniform, GateSearchConfig(temperature=0.05)))
+    np.testing.assert_allclose(drawn.mean(0), jax.nn.sigmoid(scalars), atol=0.02)
+    assert np.mean((drawn > 0.05) & (drawn < 0.95)) < 0.1
+    plain = sampled_gates(scalars, uniform, GateSearchConfig(noise=0.0, temperature=1.0))
+    np.testing.assert_allclose(plain, np.tile(jax.nn.sigmoid(scalars), (4000, 1)), rtol=1e-6)
+
+
+def test_batches_are_retrieval_and_text_and_go_on_where_they_were(tmp_path):
+    settings = GateSearchConfig(steps=6, batch_size=4, seq_len=32, retrieval="retrieval:20:max_chars=256:styles=pairs")
+    tokenizer, mesh = byte_tokenizer(), make_mesh(None, jax.devices()[:1])
+    pack([Document("x", "words " * 200)], tokenizer, tmp_path / "text", seed=0, sources=("x",))
+    text, retrieval = PackedTokens(tmp_path / "text"), packed_retrieval(settings, tokenizer, tmp_path / "retrieval")
+
+    def batches(seed=3):
+        return GateBatches(retrieval, text, settings, 8, seed, mesh)
+
+    whole = list(itertools.islice(batches(), 6))
+    assert retrieval_rows(settings) == 3
+    words = {tuple(np.roll(list(b"words "), -i)) for i in range(6)}
+    for step, batch in enumerate(whole, 1):
+        assert batch["tokens"].shape == batch["uniform"].shape == (4, 32)
+        assert np.all(batch["progress"] == np.float32(step / 6))
+        assert tuple(batch["tokens"][3][:6]) in words and not words & {tuple(row[:6]) for row in batch["tokens"][:3]}
+    stopped, again = batches(), batches()
+    next(stopped), next(stopped)
+    again.set_state(stopped.get_state())
+    for wanted, got in zip(whole[2:], again, strict=False):
+        for name in wanted:
+            np.testing.assert_array_equal(got[name], wanted[name])
+    other = next(batches(seed=4))
+    assert np.any(other["tokens"] != whole[0]["tokens"]) and np.any(other["uniform"] != whole[0]["uniform"])
 
 
 WIDTH, VOCAB, LAYERS, COPIERS, DECOY = 32, 24, 4, (1, 2), 0
