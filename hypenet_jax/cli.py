@@ -86,6 +86,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
     from hypenet_jax.config import load_config
     from hypenet_jax.halo import pipeline
     from hypenet_jax.halo.compare import compare
+    from hypenet_jax.halo.compare_selection import compare as compare_selection
     from hypenet_jax.halo.compare_settings import ComparisonConfig
     from hypenet_jax.halo.pretrain import pretrain
     from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
@@ -116,6 +117,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "convert": pipeline.run_all,
         "align": pipeline.align,
         "select": pipeline.select_layers,
+        "compare-selection": compare_selection,
         "cache-teacher": lambda run: pipeline.cache_teacher(run, arguments.form, arguments.k),
         "distill": pipeline.distill,
         "finetune": pipeline.finetune,

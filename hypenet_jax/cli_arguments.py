@@ -26,6 +26,10 @@ COMMANDS = {
     ),
     "align": ("stage 1 alone: hidden-state alignment", "hypenet align --config configs/demo.py --workdir runs/demo"),
     "select": ("layer selection alone", "hypenet select --config configs/demo.py --workdir runs/demo"),
+    "compare-selection": (
+        "every way to choose the layers, by what a short equal distillation makes of each choice",
+        "hypenet compare-selection --config configs/demo.py --workdir runs/demo",
+    ),
     "distill": ("stage 2 alone: distillation", "hypenet distill --config configs/demo.py --workdir runs/demo"),
     "finetune": (
         "stage 3 alone: long-context finetune",
@@ -75,8 +79,8 @@ COMMANDS = {
 }
 PLAN_COMMANDS = ("plan", "scaling")
 RUN_COMMANDS = (
-    "convert", "align", "select", "cache-teacher", "distill", "finetune", "fit-scale", "export", "evaluate", "pretrain",
-    "compare-architectures",
+    "convert", "align", "select", "compare-selection", "cache-teacher", "distill", "finetune", "fit-scale", "export",
+    "evaluate", "pretrain", "compare-architectures",
 )  # fmt: skip
 
 

@@ -40,9 +40,9 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     try:
         target.mkdir(exist_ok=True)
         for name, content in files.items():
-            _replace(target / name, content)
-        _replace(target / "report.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
-        _replace(index, text.encode())
+            replace_file(target / name, content)
+        replace_file(target / "report.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+        replace_file(index, text.encode())
     except OSError as error:
         raise HypenetError(f"{target} cannot be written ({error}); free space or check its permissions") from error
     return index
@@ -233,7 +233,8 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+    """Write a file beside its place and move it there."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
 from hypenet_jax.halo.distill import cached_distillation_loss, distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.halo.fit_scale import fit_scale
+from hypenet_jax.halo.gate_search import GateSearch
 from hypenet_jax.halo.probes import probes
 from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
@@ -109,7 +111,7 @@ def run_all(run: Run) -> pathlib.Path:
 
 def align(run: Run) -> dict:
     """Stage 1. Returns the Lightning mixers of all layers, {"layer_i": parameters}."""
-    student, params = _transferred(run, ())
+    student, params = transferred(run, ())
     num_layers = student.config.num_layers
     mixers = mixers_of(params, num_layers)
     axes = mixers_of(student.param_axes(), num_layers)
@@ -131,12 +133,11 @@ def select_layers(run: Run) -> tuple[int, ...]:
             if config.select.scores is not None:
                 scores = select.read_scores(config.select.scores)
             elif method in select.NEEDS:
-                scores = _measure(run)
+                scores = _scores(run, method)
             layers = select.choose(scores, num_layers, method, config.select.keep)
         found = {"method": method, "layers": list(layers), **scores}
         if method in select.NEEDS:
-            importance = select.importance(scores["csr"], scores["recall"], method, kl=scores.get("kl"))
-            found["scores"] = importance.tolist()
+            found["scores"] = select.importance_of(scores, method).tolist()
         write_json(path, found)
     run.reporter.message(f"select  attention stays in layers {', '.join(map(str, layers)) or 'none'} ({method})")
     return tuple(layers)
@@ -265,15 +266,19 @@ def evaluate(run: Run) -> dict:
 
 def student_of(run: Run) -> LanguageModel:
     """The hybrid whose layers `select` chose, without scaling."""
-    layers = read_json(run.workdir / "select.json")["layers"]
-    config = transfer.student_of(run.teacher.config, layers, run.config.student.position)
+    return student_model(run, read_json(run.workdir / "select.json")["layers"])
+
+
+def student_model(run: Run, attention_layers: Sequence[int]) -> LanguageModel:
+    """The hybrid that keeps attention in these layers, without scaling."""
+    config = transfer.student_of(run.teacher.config, attention_layers, run.config.student.position)
     return dataclasses.replace(run.teacher, config=config)
 
 
 def start_student(run: Run) -> tuple[LanguageModel, dict]:
     """The hybrid as stage 2 starts it: transferred attention layers, stage-1 Lightning layers."""
     layers = read_json(run.workdir / "select.json")["layers"]
-    student, params = _transferred(run, layers)
+    student, params = transferred(run, layers)
     chosen = {f"layer_{i}" for i, mixer in enumerate(student.config.mixers) if mixer == "lightning"}
     aligned = _finished(run, "align")
     return student, with_mixers(params, {name: aligned[name] for name in sorted(chosen)})
@@ -296,7 +301,7 @@ def _renew_card(run: Run, student: LanguageModel) -> None:
         run.reporter.message(f"evaluate  {directory / CARD} was edited and is left as it is")
 
 
-def _transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
+def transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
     """The student right after the weight transfer, calibrated on the first tokens of the training text."""
     tokens, _ = run.text.slice(0, CALIBRATION_ROWS * CALIBRATION_LENGTH)
     rows = np.asarray(tokens, np.int32).reshape(CALIBRATION_ROWS, CALIBRATION_LENGTH)
@@ -306,10 +311,19 @@ def _transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
     )
 
 
-def _measure(run: Run) -> dict:
-    settings = run.config.select
-    rows, choices = probes(settings, run.tokenizer, run.heldout, run.config.seed)
-    student, _ = _transferred(run, ())
+def _scores(run: Run, method: str) -> dict:
+    """The scores that the method ranks layers by, measured or learned."""
+    mixers = _finished(run, "align")
+    if method == "gate-search":
+        return {"gate": GateSearch(run, mixers).search(run.config.seed, run.workdir / "select")["gate"]}
+    return measured(run, mixers, run.config.seed, restored=method == "kl-ls-restored")
+
+
+def measured(run: Run, mixers: dict, seed: int, *, restored: bool, costs: dict | None = None) -> dict:
+    """The scores of all variants on the probes that `seed` draws; with `restored` those of KL-LS's direction too."""
+    settings, params = run.config.select, run.teacher_params
+    rows, choices = probes(settings, run.tokenizer, run.heldout, seed)
+    student = student_model(run, ())
 
     def report(layer: int, scores: dict) -> None:
         run.reporter.message(
@@ -317,16 +331,11 @@ def _measure(run: Run) -> dict:
             f"choice {scores['csr']:.3f}, KL {scores['kl']:.4f}"
         )
 
-    return variants.measure(
-        run.teacher,
-        run.teacher_params,
-        student,
-        _finished(run, "align"),
-        recall_rows=rows,
-        choices=choices,
-        batch_size=settings.batch_size,
-        report=report,
-    )
+    common: dict = {"recall_rows": rows, "batch_size": settings.batch_size, "costs": costs}
+    scores = variants.measure(run.teacher, params, student, mixers, choices=choices, report=report, **common)
+    if restored:
+        scores["restored_kl"] = variants.measure_restored(run.teacher, params, student, mixers, **common)
+    return scores
 
 
 def _train(
@@ -362,9 +371,7 @@ def _finished(run: Run, name: str) -> dict:
         at = "has not started" if latest is None else f"stands at step {latest['step']} of {steps}"
         raise HypenetError(f"stage {name} in {directory} {at}; run `hypenet {name}` to its end first")
     if name == "align":
-        student = dataclasses.replace(
-            run.teacher, config=transfer.student_of(run.teacher.config, (), run.config.student.position)
-        )
+        student = student_model(run, ())
         axes, shapes = (mixers_of(t, student.config.num_layers) for t in (student.param_axes(), student.param_shapes()))
     else:
         student = student_of(run)

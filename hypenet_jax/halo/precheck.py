@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from jax.sharding import Mesh
 
 from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.data.sources import read_documents
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.halo import corpus, select, transfer
+from hypenet_jax.halo.gates import gate_stage
 from hypenet_jax.halo.probes import probes
 from hypenet_jax.halo.settings import ConvertConfig, EvaluateConfig
 from hypenet_jax.model import LanguageModel, ModelConfig
@@ -39,6 +41,15 @@ def check_plan(config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> None:
             select.choose({}, num_layers, settings.method, settings.keep)
         else:
             select.kept(num_layers, settings.keep)
+    if searches(config):
+        check_gate(config, mesh)
+
+
+def check_gate(config: ConvertConfig, mesh: Mesh) -> None:
+    """Raise HypenetError where the gate search's rows do not divide over the mesh, or its source gives no document."""
+    with section("select"):
+        check_rows(gate_stage(config.select.gate), mesh)
+        next(read_documents(config.select.gate.retrieval))
 
 
 def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, heldout: PackedTokens) -> None:
@@ -50,7 +61,7 @@ def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, 
         raise HypenetError(
             "finetune_loss is 'completions' but data.sources hold no conversation; add one with messages, or use 'all'"
         )
-    if measures(config):
+    if measures(config) and not searches(config):
         with section("select"):
             probes(config.select, tokenizer, heldout, config.seed)
     with section("fit_scale"):
@@ -58,9 +69,11 @@ def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, 
     check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
 
 
-def check_evaluation(settings: EvaluateConfig, tokenizer: Tokenizer, heldout: PackedTokens, seed: int) -> None:
+def check_evaluation(
+    settings: EvaluateConfig, tokenizer: Tokenizer, heldout: PackedTokens, seed: int, name: str = "evaluate"
+) -> None:
     """Raise HypenetError where no held-out document is as long as perplexity needs, or a length holds no needle."""
-    with section("evaluate"):
+    with section(name):
         corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
         suite.prompt_ids(tokenizer, settings.prompts, settings.chat)
         essays = settings.essays or corpus.heldout_prose(heldout, tokenizer)
@@ -69,9 +82,14 @@ def check_evaluation(settings: EvaluateConfig, tokenizer: Tokenizer, heldout: Pa
 
 
 def measures(config: ConvertConfig) -> bool:
-    """Whether layer selection runs the variants, because neither layers nor scores are given."""
+    """Whether layer selection measures or trains, because neither layers nor scores are given."""
     given = config.student.attention_layers is not None or config.select.scores is not None
     return not given and config.select.method in select.NEEDS
+
+
+def searches(config: ConvertConfig) -> bool:
+    """Whether layer selection is the gate search, which has no probes."""
+    return measures(config) and config.select.method == "gate-search"
 
 
 @contextlib.contextmanager

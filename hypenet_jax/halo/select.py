@@ -1,4 +1,4 @@
-"""Layer selection: which layers keep softmax attention. Published rules over scores of single-layer variants."""
+"""Layer selection: which layers keep softmax attention. Rules over scores a layer, published ones and ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import SELECTION_METHODS, check_choice
 
 # What each rule reads; the others go by position alone.
-NEEDS = {"halo": ("csr", "recall"), "jet-nemotron": ("recall",), "kl-ls": ("kl",)}
+NEEDS = {
+    "halo": ("csr", "recall"),
+    "jet-nemotron": ("recall",),
+    "kl-ls": ("kl",),
+    "kl-ls-restored": ("restored_kl",),
+    "gate-search": ("gate",),
+}
 
 # With these the published scores of Qwen3-1.7B give the published layers; without the clip the layer with the best
 # common-sense score always ranks first by a factor of 1e8.
@@ -26,45 +32,65 @@ def rank(
     method: str = "halo",
     *,
     kl: Sequence[float] | np.ndarray | None = None,
+    restored_kl: Sequence[float] | np.ndarray | None = None,
+    gate: Sequence[float] | np.ndarray | None = None,
     eps: float = EPS,
     clip: float = CLIP,
 ) -> list[int]:
     """Layer indices, the one that most needs its attention first; equal scores by index.
 
     csr, recall, kl: [L] common-sense score, recall score and KL(teacher || variant) of the model whose layer i alone
-    is replaced by its stage-1 Lightning student. Methods: see `importance`. "evenly" and "latter-half" need the
-    number of layers alone and put their layers, in order, before the rest; for a given number of kept layers use
-    `choose`. Raises HypenetError for unknown methods and arrays of different or no length.
+    is replaced by its stage-1 Lightning student. restored_kl: [L] the same KL where layer i alone is not. gate: [L]
+    what `gate_search` learned. Methods: see `importance`. "evenly" and "latter-half" need the number of layers alone
+    and put their layers, in order, before the rest; for a given number of kept layers use `choose`. Raises HypenetError
+    for unknown methods and arrays of different or no length.
     """
-    scores = importance(csr, recall, method, kl=kl, eps=eps, clip=clip)
+    scores = importance(csr, recall, method, kl=kl, restored_kl=restored_kl, gate=gate, eps=eps, clip=clip)
     return [int(i) for i in np.argsort(-scores, kind="stable")]
 
 
-def importance(csr, recall, method: str = "halo", *, kl=None, eps: float = EPS, clip: float = CLIP) -> np.ndarray:
+def importance(
+    csr, recall, method: str = "halo", *, kl=None, restored_kl=None, gate=None, eps: float = EPS, clip: float = CLIP
+) -> np.ndarray:
     """float64 [L], larger where attention matters more.
 
     "halo": (max_j R_j - R_i) / (max_j C_j - C_i + eps), clipped (arXiv 2601.22156); "jet-nemotron": the drop in
-    recall alone; "kl-ls": the KL to the teacher. "evenly", "latter-half" and "none" measure nothing: see `choose`.
+    recall alone; "kl-ls": the KL to the teacher without the layer's attention; "kl-ls-restored": how far the KL of the
+    all-Lightning model falls with it (the direction of arXiv 2512.20569), up to a constant; "gate-search": the learned
+    scalar. "evenly", "latter-half" and "none" measure nothing: see `choose`.
     """
     check_choice("method", method, SELECTION_METHODS)
     csr, recall = np.asarray(csr, np.float64), np.asarray(recall, np.float64)
     if csr.ndim != 1 or csr.shape != recall.shape or not csr.size:
         raise HypenetError(f"csr has shape {csr.shape} and recall {recall.shape}; both must be [layers], at least one")
-    given = {"csr": csr, "recall": recall, "kl": kl}
+    optional = {"kl": kl, "restored_kl": restored_kl, "gate": gate}
+    given = {name: np.asarray(value, np.float64) for name, value in optional.items() if value is not None}
+    given |= {"csr": csr, "recall": recall}
     for name in NEEDS.get(method, ()):
-        if given[name] is not None and not np.all(np.isfinite(np.asarray(given[name], np.float64))):
+        if name not in given or given[name].shape != csr.shape:
+            raise HypenetError(
+                f"{method} ranks by the {name} of each of {csr.size} layers; give {name}, one value a layer"
+            )
+        if not np.all(np.isfinite(given[name])):
             raise HypenetError(f"the {name} scores hold a value that is not finite; measure that layer again")
     if method == "halo":
         return np.minimum((recall.max() - recall) / (csr.max() - csr + eps), clip)
     if method == "jet-nemotron":
         return recall.max() - recall
-    if method == "kl-ls":
-        kl = None if kl is None else np.asarray(kl, np.float64)
-        if kl is None or kl.shape != csr.shape:
-            raise HypenetError(f"kl-ls ranks by the KL of each of {csr.size} layers; give kl, one value a layer")
-        return kl
+    if method == "kl-ls-restored":
+        return given["restored_kl"].max() - given["restored_kl"]
+    if method in NEEDS:
+        return given[NEEDS[method][0]]
     chosen = by_position(csr.size, csr.size // 4, method)
     return np.isin(np.arange(csr.size), chosen).astype(np.float64)
+
+
+def importance_of(scores: dict, method: str) -> np.ndarray:
+    """`importance` from a dict of scores, as far as the method needs them."""
+    zeros = np.zeros(len(scores[NEEDS[method][0]]))
+    csr, recall = scores.get("csr", zeros), scores.get("recall", zeros)
+    kl, restored_kl, gate = (scores.get(name) for name in ("kl", "restored_kl", "gate"))
+    return importance(csr, recall, method, kl=kl, restored_kl=restored_kl, gate=gate)
 
 
 def by_position(num_layers: int, keep: int, method: str) -> tuple[int, ...]:
@@ -83,7 +109,7 @@ def by_position(num_layers: int, keep: int, method: str) -> tuple[int, ...]:
 def choose(scores: dict, num_layers: int, method: str, keep: int | None = None) -> tuple[int, ...]:
     """The layers that keep attention, ascending: the top `keep` (default floor(L/4)) of the rule.
 
-    scores: {"csr": [L], "recall": [L], "kl": [L]}, as far as the method needs them ("none" keeps no layer). Raises
+    scores: {"csr": [L], "recall": [L], ..}, as far as the method needs them ("none" keeps no layer). Raises
     HypenetError for scores that the method needs and lacks, or that do not fit the model, and for too large a keep.
     """
     check_choice("method", method, SELECTION_METHODS)
@@ -96,9 +122,8 @@ def choose(scores: dict, num_layers: int, method: str, keep: int | None = None) 
         if len(scores[name]) != num_layers:
             covered = len(scores[name])
             raise HypenetError(f"the scores cover {covered} layers but the model has {num_layers}; give one a layer")
-    zeros = np.zeros(num_layers)
-    ranked = rank(scores.get("csr", zeros), scores.get("recall", zeros), method, kl=scores.get("kl"))
-    return tuple(sorted(ranked[:keep]))
+    ranked = np.argsort(-importance_of(scores, method), kind="stable")
+    return tuple(sorted(int(layer) for layer in ranked[:keep]))
 
 
 def kept(num_layers: int, keep: int | None) -> int:
@@ -110,7 +135,7 @@ def kept(num_layers: int, keep: int | None) -> int:
 
 
 def read_scores(path: str | pathlib.Path) -> dict:
-    """Scores a layer from a JSON table: {"layers": [{"layer", "csr", "recall"[, "kl"]}, ...]}.
+    """Scores a layer from a JSON table: {"layers": [{"layer", "csr", "recall"[, "kl", "restored_kl", "gate"]}, ...]}.
 
     csr and recall are numbers or {task: score}, which are averaged. Raises HypenetError for a missing file, broken
     JSON, missing fields, or layers that are not 0, 1, 2, ...
@@ -121,8 +146,9 @@ def read_scores(path: str | pathlib.Path) -> dict:
     try:
         rows = sorted(json.loads(path.read_text(encoding="utf-8"))["layers"], key=lambda row: row["layer"])
         scores = {name: [_mean(row[name]) for row in rows] for name in ("csr", "recall")}
-        if rows and "kl" in rows[0]:
-            scores["kl"] = [_mean(row["kl"]) for row in rows]
+        for name in ("kl", "restored_kl", "gate"):
+            if rows and name in rows[0]:
+                scores[name] = [_mean(row[name]) for row in rows]
         layers = [row["layer"] for row in rows]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise HypenetError(

@@ -14,7 +14,10 @@ from hypenet_jax.model.config import POSITIONS
 from hypenet_jax.parallel.sequence.attention import EXCHANGES
 from hypenet_jax.train.stage import StageConfig
 
-SELECTION_METHODS = ("halo", "jet-nemotron", "kl-ls", "evenly", "latter-half", "none")
+SELECTION_METHODS = (
+    "halo", "jet-nemotron", "kl-ls", "kl-ls-restored", "gate-search", "evenly", "latter-half", "none",
+)  # fmt: skip
+GATE_SEARCH_TRAINS = ("gates", "mixers")
 STARTS = ("official", "calibrated")
 FINETUNE_LOSSES = ("all", "completions")
 
@@ -65,8 +68,38 @@ class StudentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateSearchConfig:
+    """The joint gate search (`halo/gate_search.py`): every layer mixes both ways, a learned gate between the two."""
+
+    steps: int = 300
+    batch_size: int = 16
+    seq_len: int = 512
+    retrieval: str = "retrieval:20000:seed=7:max_chars=512"  # a source, see docs/data.md
+    retrieval_share: float = 0.75  # of a batch's rows; the others are training text
+    trains: str = "gates"  # beside the gates nothing, or the Lightning "mixers"
+    gate_lr: float = 0.1
+    mixer_lr: float = 1e-3
+    start_share: float = 0.9  # of all layers' attention that is open at the first step
+    noise: float = 1.0  # of the gates drawn for every row; 0: the same gates for all rows
+    temperature: float = 0.3  # the lower, the nearer every drawn gate is to 0 or 1
+    pressed_by: float = 0.7  # share of the steps after which only as much is open as layers are to be kept
+
+    def __post_init__(self):
+        check_choice("gate.trains", self.trains, GATE_SEARCH_TRAINS)
+        check_positive("gate", self, "steps", "batch_size", "seq_len")
+        for name in ("retrieval_share", "start_share", "pressed_by"):
+            if not 0 < getattr(self, name) <= 1:
+                raise HypenetError(f"gate.{name} is {getattr(self, name)}; it must be above 0 and at most 1")
+        if not 0 <= self.noise < math.inf:
+            raise HypenetError(f"gate.noise is {self.noise}; it must be a number of 0 or above")
+        for name in ("gate_lr", "mixer_lr", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise HypenetError(f"gate.{name} is {getattr(self, name)}; it must be a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """How the attention layers are chosen: a published rule over measured or given scores."""
+    """How the attention layers are chosen: a rule over measured or given scores, or a search."""
 
     method: str = "halo"
     keep: int | None = None  # None: floor(L / 4)
@@ -75,6 +108,7 @@ class SelectConfig:
     length: int = 512
     batch_size: int = 16
     answer_budget: int = 128
+    gate: GateSearchConfig = GateSearchConfig()
 
     def __post_init__(self):
         check_choice("select.method", self.method, SELECTION_METHODS)
@@ -129,6 +163,32 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """What `hypenet compare-selection` compares. None: as the stage `distill`, or `evaluate`, has it."""
+
+    methods: tuple[str, ...] = ("halo", "jet-nemotron", "kl-ls", "kl-ls-restored", "evenly", "gate-search")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 200  # of the equal distillation of each distinct choice
+    batch_size: int | None = None
+    tasks: tuple[str, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    samples: int | None = None
+    perplexity_length: int | None = None
+
+    def __post_init__(self):
+        for method in self.methods:
+            check_choice("compare.methods", method, SELECTION_METHODS)
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise HypenetError(f"compare.{name} is {values}; name at least one, and each once")
+        if min(self.seeds) < 0:
+            raise HypenetError(f"compare.seeds is {self.seeds}; each must be at least 0")
+        given = ("batch_size", "samples", "perplexity_length")
+        check_positive("compare", self, "steps", *(name for name in given if getattr(self, name) is not None))
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvertConfig:
     """All five steps of HALO and the evaluation."""
 
@@ -142,6 +202,7 @@ class ConvertConfig:
     select: SelectConfig = SelectConfig()
     fit_scale: FitScaleConfig = FitScaleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
     seed: int = 0
     dtype: str = "bfloat16"
     remat: bool = True

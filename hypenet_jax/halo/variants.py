@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -48,23 +50,9 @@ def variant_hidden(teacher: LanguageModel, student: LanguageModel) -> Callable:
     return hidden
 
 
-def measure(
-    teacher: LanguageModel,
-    params: dict,
-    student: LanguageModel,
-    mixer_params: dict,
-    *,
-    recall_rows: RecallRows,
-    choices: Choices,
-    batch_size: int,
-    report: Callable[[int, dict], None] = lambda layer, scores: None,
-) -> dict:
-    """Scores of the teacher and of every variant with one layer replaced.
-
-    Returns {"teacher": {"csr", "recall"}, "csr": [L], "recall": [L], "kl": [L]}: the choice probe's and the recall
-    probe's accuracy, and the mean KL(teacher || variant) in nats a token over the recall rows. `report` is told each
-    layer's scores as they come.
-    """
+@lru_cache(maxsize=1)
+def _programs(teacher: LanguageModel, student: LanguageModel) -> tuple[Callable, Callable]:
+    """(nll, nll and KL) of a variant, compiled once for all variants and for every later measurement of these two."""
     hidden = variant_hidden(teacher, student)
 
     @jax.jit
@@ -80,22 +68,39 @@ def measure(
         kl = linear_kl(got, head, wanted, head, segment_ids_BT >= 0)
         return project_nll(got, head, targets_BT, segment_ids_BT), kl
 
+    return nll, nll_and_kl
+
+
+def measure(
+    teacher: LanguageModel,
+    params: dict,
+    student: LanguageModel,
+    mixer_params: dict,
+    *,
+    recall_rows: RecallRows,
+    choices: Choices,
+    batch_size: int,
+    report: Callable[[int, dict], None] = lambda layer, scores: None,
+    costs: dict | None = None,
+) -> dict:
+    """Scores of the teacher and of every variant with one layer replaced.
+
+    Returns {"teacher": {"csr", "recall"}, "csr": [L], "recall": [L], "kl": [L]}: the choice probe's and the recall
+    probe's accuracy, and the mean KL(teacher || variant) in nats a token over the recall rows. `report` is told each
+    layer's scores as they come. `costs` gets {score: {"tokens", "seconds"}} of what was run for each; recall and KL are
+    read off the same rows at once.
+    """
+    nll, nll_and_kl = _programs(teacher, student)
+    spent = _Costs(costs)
+
     def scores(replaced: Sequence[bool]) -> dict:
         weights = (params, mixer_params, np.asarray(replaced))
-        divergences: list[tuple[float, float]] = []
-
-        def recalled(tokens_BT, targets_BT, segment_ids_BT):
-            found, (mean, count) = nll_and_kl(*weights, tokens_BT, targets_BT, segment_ids_BT)
-            divergences.append((float(mean), float(count)))
-            return found
-
         with mesh_of(params):
-            found = {
-                "csr": choice(partial(nll, *weights), None, choices, batch_size=batch_size),
-                "recall": recall(recalled, None, recall_rows, batch_size=batch_size),
-            }
-        kls, counts = zip(*divergences, strict=True)
-        return found | {"kl": float(np.average(kls, weights=counts))}
+            with spent.on(("csr",), choices.tokens.size):
+                csr = choice(partial(nll, *weights), None, choices, batch_size=batch_size)
+            with spent.on(("recall", "kl"), recall_rows.tokens.size):
+                recalled, kl = _recall_and_kl(partial(nll_and_kl, *weights), recall_rows, batch_size)
+        return {"csr": csr, "recall": recalled, "kl": kl}
 
     num_layers = teacher.config.num_layers
     measured: dict = {"teacher": scores([False] * num_layers), "csr": [], "recall": [], "kl": []}
@@ -105,3 +110,56 @@ def measure(
         for name in ("csr", "recall", "kl"):
             measured[name].append(found[name])
     return measured
+
+
+def measure_restored(
+    teacher: LanguageModel,
+    params: dict,
+    student: LanguageModel,
+    mixer_params: dict,
+    *,
+    recall_rows: RecallRows,
+    batch_size: int,
+    costs: dict | None = None,
+) -> list[float]:
+    """[L] KL(teacher || the model that has the attention of layer i alone), nats a token over the recall rows.
+
+    KL-LS (arXiv 2512.20569) restores one layer of an all-linear student and trains each such student on 700M tokens;
+    here the stage-1 mixers are taken as they are and nothing is trained.
+    """
+    _, nll_and_kl = _programs(teacher, student)
+    spent, num_layers, found = _Costs(costs), teacher.config.num_layers, []
+    for layer in range(num_layers):
+        weights = (params, mixer_params, np.arange(num_layers) != layer)
+        with mesh_of(params), spent.on(("restored_kl",), recall_rows.tokens.size):
+            found.append(_recall_and_kl(partial(nll_and_kl, *weights), recall_rows, batch_size)[1])
+    return found
+
+
+def _recall_and_kl(nll_and_kl: Callable, rows: RecallRows, batch_size: int) -> tuple[float, float]:
+    divergences: list[tuple[float, float]] = []
+
+    def recalled(tokens_BT, targets_BT, segment_ids_BT):
+        found, (mean, count) = nll_and_kl(tokens_BT, targets_BT, segment_ids_BT)
+        divergences.append((float(mean), float(count)))
+        return found
+
+    share = recall(recalled, None, rows, batch_size=batch_size)
+    kls, counts = zip(*divergences, strict=True)
+    return share, float(np.average(kls, weights=counts))
+
+
+class _Costs:
+    """Adds tokens and seconds up by the scores that they were spent on."""
+
+    def __init__(self, costs: dict | None):
+        self._costs = {} if costs is None else costs
+
+    @contextlib.contextmanager
+    def on(self, names: Sequence[str], tokens: int) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        for name in names:
+            cell = self._costs.setdefault(name, {"tokens": 0, "seconds": 0.0})
+            cell["tokens"] += int(tokens)
+            cell["seconds"] += time.monotonic() - start

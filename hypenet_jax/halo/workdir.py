@@ -24,6 +24,7 @@ TEMPORARY = ".tmp"
 # What may differ when a run continues: what is measured, on which devices, and how the same numbers are computed.
 FREE = (
     "evaluate",
+    "compare",
     "mesh",
     "rules",
     "teacher_rules",

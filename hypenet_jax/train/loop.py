@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -52,6 +52,7 @@ def train(
     reporter: ReporterLike,
     donate: bool = True,
     config: dict[str, Any] | None = None,
+    update: Callable | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains `params`, or goes on where `directory` stopped; a finished stage returns at once.
 
@@ -73,6 +74,7 @@ def train(
       reporter: see `metrics.Reporter`.
       donate: the update reuses the memory of the state before it.
       config: JSON-able config of the whole run, saved with every checkpoint for its reader; not compared.
+      update: what `step.make_step` gave for this loss, stage and shapes, where several trainings share one compilation.
 
     Returns:
       (params float32 on the mesh, summary {"name", "step", "resumed_from", "loss", "lr", "tokens", "seconds", ...}: the
@@ -105,7 +107,7 @@ def train(
             state = create_state(params, stage, abstract)
         del params
         frozen = _place_frozen(frozen, mesh)
-        update = make_step(loss_fn, stage, abstract, mesh, donate)
+        update = update or make_step(loss_fn, stage, abstract, mesh, donate)
         log = _Log(name, stage, reporter, saved.get("metrics", {}), checkpoints)
 
         with reporter.open(name, directory, stage.steps, first), Preemption() as preemption:

@@ -67,7 +67,7 @@ def test_generate_from_the_export_and_not_from_the_run(finished, capsys):
 
 
 def test_again_nothing_is_trained(finished, convert_config, contents, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "_measure", lambda run: pytest.fail("measured again"))
+    monkeypatch.setattr(pipeline, "_scores", lambda run, method: pytest.fail("measured again"))
     before = contents(finished)
     assert main(["convert", "--config", str(convert_config), "--workdir", str(finished)]) == 0
     said = capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_another_config_is_refused_by_name(finished, convert_config, contents, c
 
 def test_given_layers_need_no_measurement(convert_config, tmp_path, monkeypatch, finished):
     """A table of scores, a rule without scores, and layers by hand: each ends in select.json."""
-    monkeypatch.setattr(pipeline, "_measure", lambda run: pytest.fail("measured"))
+    monkeypatch.setattr(pipeline, "_scores", lambda run, method: pytest.fail("measured"))
     table = tmp_path / "scores.json"
     rows = [{"layer": i, "csr": 0.5, "recall": 0.1 * i} for i in range(2)]
     table.write_text(json.dumps({"layers": rows}))

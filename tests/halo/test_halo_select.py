@@ -51,6 +51,10 @@ def test_the_baselines_by_hand():
     assert select.rank(CSR, RECALL, "jet-nemotron") == [3, 0, 2, 1]
     assert select.rank(CSR, RECALL, "kl-ls", kl=KL) == [3, 0, 2, 1]
     assert select.choose({"kl": KL}, 4, "kl-ls", 2) == (0, 3)
+    # The layer whose attention brings the all-Lightning model nearest to the teacher comes first.
+    assert select.rank(CSR, RECALL, "kl-ls-restored", restored_kl=KL) == [1, 2, 0, 3]
+    assert select.choose({"restored_kl": KL}, 4, "kl-ls-restored", 2) == (1, 2)
+    assert select.choose({"gate": [0.1, -3.0, 2.0, 0.4]}, 4, "gate-search", 2) == (2, 3)
     assert select.choose({"recall": RECALL}, 4, "jet-nemotron") == (3,)
     assert select.choose({}, 28, "evenly") == (3, 7, 11, 15, 19, 23, 27)
     assert select.choose({}, 28, "latter-half") == (15, 17, 19, 21, 23, 25, 27)
@@ -68,15 +72,17 @@ def test_equal_scores_go_by_index():
 @given(scores_of, st.sampled_from(SELECTION_METHODS))
 def test_a_rank_is_a_permutation(scores, method):
     csr, recall, kl = scores
-    assert sorted(select.rank(csr, recall, method, kl=kl)) == list(range(len(csr)))
+    ranked = select.rank(csr, recall, method, kl=kl, restored_kl=kl, gate=kl)
+    assert sorted(ranked) == list(range(len(csr)))
 
 
 @given(scores_of, st.sampled_from(sorted(select.NEEDS)), st.data())
 def test_the_chosen_layers_are_the_first_of_the_rank(scores, method, data):
     csr, recall, kl = scores
     keep = data.draw(st.integers(0, len(csr)))
-    chosen = select.choose({"csr": csr, "recall": recall, "kl": kl}, len(csr), method, keep)
-    assert list(chosen) == sorted(select.rank(csr, recall, method, kl=kl)[:keep])
+    others = {"kl": kl, "restored_kl": kl, "gate": kl}
+    chosen = select.choose({"csr": csr, "recall": recall, **others}, len(csr), method, keep)
+    assert list(chosen) == sorted(select.rank(csr, recall, method, **others)[:keep])
 
 
 @given(st.integers(1, 40), st.sampled_from(["evenly", "latter-half"]), st.data())
@@ -97,6 +103,8 @@ def test_layers_by_position_are_distinct_and_ascend(num_layers, method, data):
         (lambda: select.rank([], []), "at least one"),
         (lambda: select.rank(CSR, RECALL, "kl-ls"), "give kl"),
         (lambda: select.rank(CSR, RECALL, "kl-ls", kl=KL[:2]), "one value a layer"),
+        (lambda: select.rank(CSR, RECALL, "gate-search", gate=[float("nan")] * 4), "gate scores .* not finite"),
+        (lambda: select.choose({"kl": KL}, 4, "kl-ls-restored"), "needs the restored_kl score"),
         (lambda: select.rank(CSR, [0.1, float("nan"), 0.1, 0.1]), "recall scores .* not finite"),
         (lambda: select.rank(CSR, RECALL, "kl-ls", kl=[0.1, 0.1, float("inf"), 0.1]), "kl scores .* not finite"),
         (lambda: select.choose({}, 4, "halo"), "needs the csr score"),

@@ -1,0 +1,157 @@
+"""The page of a comparison of layer selection: table.json in, one self-contained HTML document out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from hypenet_jax.evals import selection_plots
+from hypenet_jax.evals.report import TASK_ORDER, ordered
+from hypenet_jax.evals.report_axes import short, short_length
+from hypenet_jax.evals.report_style import CSS
+
+_ABOUT = {
+    "halo": "recall lost over common sense lost, one layer replaced at a time (HALO)",
+    "jet-nemotron": "recall lost, one layer replaced at a time",
+    "kl-ls": "KL to the teacher, one layer replaced at a time",
+    "kl-ls-restored": "KL to the teacher, one layer's attention put back into the all-Lightning model; nothing trained",
+    "gate-search": "both mixers in every layer, a learned gate between them, all layers at once",
+    "evenly": "every n-th layer; nothing measured",
+    "latter-half": "evenly in the latter half; nothing measured",
+    "none": "no attention at all",
+}
+
+
+def page(table: dict[str, Any], mark: str) -> str:
+    """The document; `mark` is a <meta> element that says who wrote it."""
+    sections = (_layers(table), _needles(table), _perplexity(table), _students(table), _provenance(table))
+    title = "Layer selection, compared"
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{mark}\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{_header(table, title)}\n"
+        + "\n".join(sections)
+        + "\n<footer>Written by hypenet_jax. The numbers behind this page are in table.json beside it.</footer>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _header(table: dict[str, Any], title: str) -> str:
+    seeds = len(table["methods"][0]["layers"])
+    stage = table["settings"]["distill"]
+    tokens = short(stage["steps"] * stage["batch_size"] * stage["seq_len"])
+    return (
+        f'<header>\n<p class="eyebrow">hypenet_jax · comparison</p>\n<h1>{title}</h1>\n'
+        f'<p class="lede">{table["keep"]} of {table["num_layers"]} layers keep attention. '
+        f"{len(table['methods'])} methods with {seeds} seed{'s' * (seeds > 1)} each made {len(table['students'])} "
+        f"different choices; each choice was then distilled alike, on {tokens} tokens.</p>\n</header>"
+    )
+
+
+def _layers(table: dict[str, Any]) -> str:
+    rows = []
+    for method in table["methods"]:
+        chosen = "; ".join(dict.fromkeys(", ".join(map(str, layers)) or "none" for layers in method["layers"]))
+        same = "–" if method["overlap"] is None else f"{method['overlap']:.0%}"
+        about = f"<small>{_ABOUT[method['method']]}</small>"
+        rows.append(
+            [f"<b>{method['method']}</b>{about}", chosen, same, short(method["tokens"]), f"{method['seconds']:.1f}"]
+        )
+    note = (
+        "Seconds are wall time, a mean over seeds; the first seed's include compiling. HALO, Jet-Nemotron and KL-LS "
+        "share one measurement, of which each is charged what it needs; stage 1, which every student needs, is not "
+        "counted. "
+    )
+    note += f"Overlap is the share of layers that two seeds agree on, {table['chance_overlap']:.0%} by chance."
+    head = ["Method", "Layers, by seed", "Overlap", "Tokens to choose", "Seconds to choose"]
+    drawn = _drawn(selection_plots.kept_layers(table), "Share of the seeds that keep a layer's attention.")
+    return _section("The choices", drawn, _table(head, rows), f'<p class="about">{note}</p>')
+
+
+def _needles(table: dict[str, Any]) -> str:
+    drawing = selection_plots.needles(table)
+    if drawing is None:
+        return _section("Needle in a haystack", '<p class="missing"><b>Not measured:</b> no task was asked.</p>')
+    measured = [(m["method"], m["accuracy"]) for m in table["methods"]] + [("teacher", table["teacher"]["accuracy"])]
+    columns = sorted(
+        {(row["task"], row["length"]) for _, rows in measured for row in rows},
+        key=lambda column: (ordered(column[0], TASK_ORDER), column[1]),
+    )
+    rows = []
+    for name, found in measured:
+        of = {(row["task"], row["length"]): row for row in found}
+        rows.append([f"<b>{name}</b>", *(_cell(of[column]) for column in columns)])
+    head = ["Method", *(f"{escape(task)}, {short_length(length)}" for task, length in columns)]
+    caption = (
+        "Mean over seeds; 95% Wilson intervals of one evaluation's needles, which are the same for every student. "
+        f"Students were distilled at {short_length(table['train_length'])} tokens; attention is not scaled."
+    )
+    return _section("Needle in a haystack", _drawn(drawing, caption), _table(head, rows))
+
+
+def _cell(row: dict[str, Any]) -> str:
+    interval = f"{100 * row['low']:.0f} to {100 * row['high']:.0f}"
+    return f"{100 * row['accuracy']:.0f}%<small>{interval} · {row['correct']:g}/{row['total']:g}</small>"
+
+
+def _perplexity(table: dict[str, Any]) -> str:
+    rows = [
+        [f"<b>{m['method']}</b>", f"{m['perplexity']:.3f}", _spread(m["perplexities"]), f"{m['kl']:.4f}"]
+        for m in table["methods"]
+    ]
+    rows.append(["<b>teacher</b>", f"{table['teacher']['perplexity']:.3f}", "", ""])
+    head = ["Method", "Perplexity", "Lowest to highest seed", "KL of the last step"]
+    drawn = _drawn(selection_plots.price(table), "A dot a seed; equal choices lie on one height.")
+    length = table["settings"]["evaluate"]["perplexity_length"]
+    about = f'<p class="about">Held-out documents of {length:,} tokens.</p>'
+    return _section("Perplexity", about, drawn, _table(head, rows))
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
+
+
+def _students(table: dict[str, Any]) -> str:
+    rows = []
+    for student in sorted(table["students"], key=lambda s: s["perplexity"]):
+        by = [f"{c['method']} ({c['seed']})" for c in table["choices"] if c["layers"] == student["layers"]]
+        layers = ", ".join(map(str, student["layers"])) or "none"
+        right = sum(row["correct"] for row in student["accuracy"])
+        total = sum(row["total"] for row in student["accuracy"])
+        rows.append(
+            [layers, f"{student['perplexity']:.3f}", f"{student['kl']:.4f}", f"{right:g} of {total:g}", ", ".join(by)]
+        )
+    head = ["Layers with attention", "Perplexity", "KL of the last step", "Needles, all", "Chosen by (seed)"]
+    return _section("Every distinct choice", _table(head, rows))
+
+
+def _provenance(table: dict[str, Any]) -> str:
+    run, rows = table["run"] or {}, []
+    parts = [f"<pre>{escape(str(run['command']))}</pre>"] if run.get("command") else []
+    if run.get("device"):
+        rows.append(["Device", escape(str(run["device"]))])
+    if run.get("versions"):
+        rows.append(["Versions", escape(", ".join(f"{k} {v}" for k, v in run["versions"].items()))])
+    rows += [[f"Wall seconds, {escape(step)}", f"{seconds:g}"] for step, seconds in (run.get("seconds") or {}).items()]
+    body = "".join(f"<tr><td>{left}</td><td>{right}</td></tr>" for left, right in rows)
+    parts.append(f'<table class="facts"><tbody>{body}</tbody></table>')
+    text = escape(json.dumps(table["settings"], indent=1, ensure_ascii=False))
+    parts.append(f"<details><summary>The settings</summary><pre>{text}</pre></details>")
+    return _section("How this was made", *parts)
+
+
+def _section(heading: str, *parts: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{''.join(parts)}\n</section>"
+
+
+def _drawn(drawing: str, caption: str) -> str:
+    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
