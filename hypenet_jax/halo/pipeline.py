@@ -36,6 +36,7 @@ from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.checkpoint import load_params, read_latest
 from hypenet_jax.train.loop import train
 from hypenet_jax.train.metrics import ReporterLike
+from hypenet_jax.train.preemption import EXIT_PREEMPTED, Preemption
 from hypenet_jax.train.stage import StageConfig
 
 EXPORT, EXPORT_DTYPE = "export", "float32"
@@ -236,6 +237,7 @@ def evaluate(run: Run) -> dict:
         found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
     windows = corpus.long_documents(run.heldout, settings.perplexity_length, settings.perplexity_documents)
     essays = settings.essays or corpus.heldout_prose(run.heldout, run.tokenizer)
+    begun = found.pop("begun", {})
     for name, (model, params) in models.items():
         if name in found["models"]:
             continue
@@ -243,7 +245,14 @@ def evaluate(run: Run) -> dict:
         def say(line: str, name: str = name) -> None:
             run.reporter.message(f"evaluate {name}  {line}")
 
-        with timed(run.workdir, f"evaluate {name}"):
+        with timed(run.workdir, f"evaluate {name}"), Preemption() as preemption:
+
+            def keep(measured: dict, name: str = name, preemption: Preemption = preemption) -> None:
+                write_json(path, found | {"begun": {name: measured}})
+                if preemption.requested():
+                    run.reporter.message(f"evaluate {name}: stopped and saved; the same command continues")
+                    raise SystemExit(EXIT_PREEMPTED)
+
             found["models"][name] = suite.evaluate_model(
                 model,
                 params,
@@ -253,6 +262,8 @@ def evaluate(run: Run) -> dict:
                 essays=essays,
                 seed=run.config.seed,
                 report=say,
+                begun=begun.get(name),
+                keep=keep,
             )
             if name != "student_unscaled":
                 found["samples"] += suite.write_samples(
@@ -266,8 +277,7 @@ def evaluate(run: Run) -> dict:
 def student_of(run: Run) -> LanguageModel:
     """The hybrid whose layers `select` chose, without scaling."""
     layers = read_json(run.workdir / "select.json")["layers"]
-    config = transfer.student_of(run.teacher.config, layers, run.config.student.position)
-    return dataclasses.replace(run.teacher, config=config)
+    return _student_with(run, layers)
 
 
 def start_student(run: Run) -> tuple[LanguageModel, dict]:
@@ -283,6 +293,13 @@ def finished_student(run: Run) -> tuple[LanguageModel, dict]:
     """The student after stage 3, with the fitted scaling where positions need it."""
     fitted = read_json(run.workdir / "fit_scale.json")["a"]
     return student_of(run).with_logits_scaling(fitted), _finished(run, "finetune")
+
+
+def _student_with(run: Run, layers) -> LanguageModel:
+    """The hybrid that keeps attention in `layers`."""
+    wanted = run.config.student
+    config = transfer.student_of(run.teacher.config, layers, wanted.position, wanted.qk_norm)
+    return dataclasses.replace(run.teacher, config=config)
 
 
 def _card(run: Run, student: LanguageModel) -> str:
@@ -302,7 +319,14 @@ def _transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
     rows = np.asarray(tokens, np.int32).reshape(CALIBRATION_ROWS, CALIBRATION_LENGTH)
     settings, seed = run.config.student, run.config.seed
     return transfer.convert(
-        run.teacher, run.teacher_params, attention_layers, settings.position, settings.start, seed, rows
+        run.teacher,
+        run.teacher_params,
+        attention_layers,
+        settings.position,
+        settings.start,
+        seed,
+        rows,
+        settings.qk_norm,
     )
 
 
@@ -362,9 +386,7 @@ def _finished(run: Run, name: str) -> dict:
         at = "has not started" if latest is None else f"stands at step {latest['step']} of {steps}"
         raise HypenetError(f"stage {name} in {directory} {at}; run `hypenet {name}` to its end first")
     if name == "align":
-        student = dataclasses.replace(
-            run.teacher, config=transfer.student_of(run.teacher.config, (), run.config.student.position)
-        )
+        student = _student_with(run, ())
         axes, shapes = (mixers_of(t, student.config.num_layers) for t in (student.param_axes(), student.param_shapes()))
     else:
         student = student_of(run)
