@@ -8,6 +8,7 @@ styles run from the densest signal to the test itself:
     pairs       a list of pairs, then all of them asked in another order
     needles     RULER's needle sentences close together, asked in short and in full
     sentences   facts in other wordings within noise or prose, then questions
+    facts       facts in many wordings within noise of many kinds (`retrieval_facts.py`); only where it is asked for
     ruler       RULER's NIAH prompt word for word (arXiv 2404.06654): facts within noise or prose, then questions
 
 The wordings of RULER are data, kept as they are, so that a model trained here meets the test's format.
@@ -23,6 +24,7 @@ import string
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from hypenet_jax.data.retrieval_facts import write_facts
 from hypenet_jax.data.stdlib_docs import stdlib_documents
 from hypenet_jax.errors import HypenetError
 
@@ -34,6 +36,7 @@ STYLES: Mapping[str, float] = {
     "pairs": 0.25,
     "stream": 0.2,
     "repeat": 0.15,
+    "facts": 0.0,
 }
 MIN_CHARS = 256
 
@@ -328,7 +331,7 @@ class _Page:
         """Opening lines, the haystack with the needles at random places, then the queries, one a line."""
         room = self.length - sum(len(line) + 1 for line in (*opening, *needles, *queries))
         noise = self.rng.random() < 0.5
-        hay = self._noise(room) if noise else self._prose(room)
+        hay = self._noise(room) if noise else self.prose(room)
         for needle in needles:
             hay.insert(self.rng.randint(0, len(hay)), needle)
         return "".join(f"{line}\n" for line in (*opening, ("\n" if noise else " ").join(hay), *queries))
@@ -344,7 +347,7 @@ class _Page:
             rest = f"{rest} {sentence}".lstrip()
         return [*lines, rest] if rest else lines
 
-    def _prose(self, room: int) -> list[str]:
+    def prose(self, room: int) -> list[str]:
         """Consecutive sentences from a random place on, the last one cut between words."""
         found: list[str] = []
         start = self.rng.randrange(len(self.sentences))
@@ -365,4 +368,5 @@ _WRITERS: Mapping[str, Callable[[_Page], str]] = {
     "pairs": _write_pairs,
     "stream": _write_stream,
     "repeat": _write_repeat,
+    "facts": write_facts,
 }

@@ -68,7 +68,7 @@ def score(
             texts[i] = tokenizer.decode(list(ids))
     pairs = zip(samples, texts, strict=True)
     correct = tuple(sample.answer_text.lower() in text.lower() for sample, text in pairs)
-    return NiahScore(correct, _rows(samples, correct), tuple(texts))
+    return NiahScore(correct, score_rows(samples, correct), tuple(texts))
 
 
 def score_forced(
@@ -101,7 +101,7 @@ def score_forced(
         answers = [sample.alternative_ids for sample in again]
         for i, right in zip(missed, _forced_pass(model, params, again, answers, *how), strict=True):
             correct[i] = right
-    return NiahScore(tuple(correct), _rows(samples, correct))
+    return NiahScore(tuple(correct), score_rows(samples, correct))
 
 
 def _forced_pass(
@@ -193,7 +193,8 @@ def _batches(samples: Sequence[NiahSample], batch_size: int, row_length: int | N
             yield indices[start : start + batch_size]
 
 
-def _rows(samples: Sequence[NiahSample], correct: Sequence[bool]) -> list[dict]:
+def score_rows(samples: Sequence[NiahSample], correct: Sequence[bool]) -> list[dict]:
+    """The rows of eval.json's "niah": right answers by task, length and depth."""
     counts: dict[tuple[str, int, float], list[int]] = defaultdict(lambda: [0, 0])
     for sample, right in zip(samples, correct, strict=True):
         cell = counts[sample.task, sample.length, round(sample.depth, 1)]

@@ -78,7 +78,8 @@ def window_loss(model: Any, params: Any, windows: Windows, batch_size: int, *, t
         np.add.at(count_T, positions_BT[mask_BT], 1)
     if not count_T.sum():
         raise HypenetError("the windows hold no token to predict; give at least one window of 2 tokens")
-    return WindowLoss(nll_T, count_T)
+    used = np.flatnonzero(count_T)[-1] + 1  # rows may be longer than the documents in them
+    return WindowLoss(nll_T[:used], count_T[:used])
 
 
 def perplexity(model: Any, params: Any, windows: Windows, batch_size: int) -> float:

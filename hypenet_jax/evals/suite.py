@@ -10,6 +10,8 @@ import numpy as np
 from hypenet_jax.data.chat import encode_prompt
 from hypenet_jax.evals import niah, perplexity
 from hypenet_jax.evals.niah_samples import NiahSample, make_samples
+from hypenet_jax.evals.packed import packed_windows, score_packed
+from hypenet_jax.evals.token_nll import bind
 from hypenet_jax.inference import generate
 from hypenet_jax.model import LanguageModel
 
@@ -28,23 +30,40 @@ def evaluate_model(
     essays: str | Sequence[str],
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
+    begun: dict | None = None,
+    keep: Callable[[dict], None] = lambda measured: None,
 ) -> dict:
     """{"perplexity", "perplexity_by_position", "niah"} as eval.json holds them for one model.
 
     windows: int32 [N, T+1] held-out documents. essays: what S2 and S3 hide their needles in. `report` is told each
-    result in a line.
+    result in a line. `keep` is given all that is measured so far after each result, JSON-able; as `begun` it makes
+    another call go on from there.
     """
-    batch = max(1, config.batch_tokens // (windows.shape[1] - 1))
-    losses = perplexity.window_loss(model, params, windows, batch)
-    report(f"perplexity {losses.perplexity:.3f} over {len(windows)} windows of {windows.shape[1] - 1} tokens")
-    rows = []
+    measured = {"niah": [], "cells": [], **(begun or {})}
+    if "perplexity" not in measured:
+        losses = _window_loss(model, params, config, windows)
+        report(f"perplexity {losses.perplexity:.3f} over {len(windows)} windows of {windows.shape[1] - 1} tokens")
+        measured |= {"perplexity": losses.perplexity, "perplexity_by_position": losses.by_position()}
+        keep(measured)
     for task in config.tasks:
         for length in config.lengths:
+            if [task, length] in measured["cells"]:
+                continue
             found = needles(model, params, tokenizer, config, task, length, essays, seed)
             right, total = sum(row["correct"] for row in found), sum(row["total"] for row in found)
             report(f"NIAH {found[0]['task']} at {length}: {right} of {total}")
-            rows += found
-    return {"perplexity": losses.perplexity, "perplexity_by_position": losses.by_position(), "niah": rows}
+            measured["niah"] += found
+            measured["cells"].append([task, length])
+            keep(measured)
+    return {name: measured[name] for name in ("perplexity", "perplexity_by_position", "niah")}
+
+
+def _window_loss(model: LanguageModel, params: dict, config: EvaluateConfig, windows: np.ndarray):
+    if config.row_tokens is not None:
+        rows = packed_windows(windows, config.row_tokens)
+        return perplexity.window_loss(model, params, rows, 1)
+    batch = max(1, config.batch_tokens // (windows.shape[1] - 1))
+    return perplexity.window_loss(model, params, windows, batch)
 
 
 def needles(
@@ -62,6 +81,8 @@ def needles(
     batch = max(1, min(config.samples, config.batch_tokens // length))
     if config.answer == "generate":
         return niah.score(model, params, tokenizer, samples, None, config.answer_budget, batch_size=batch).rows
+    if config.row_tokens is not None:
+        return score_packed(bind(model, params), samples, config.row_tokens, alternatives=config.alternatives).rows
     chunk = config.prefill_chunk if length > config.prefill_chunk else None
     return niah.score_forced(model, params, samples, batch, prefill_chunk=chunk, alternatives=config.alternatives).rows
 

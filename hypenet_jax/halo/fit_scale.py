@@ -13,6 +13,9 @@ from hypenet_jax.model import LanguageModel, stack
 from hypenet_jax.parallel.activations import mesh_of
 from hypenet_jax.parallel.processes import on_host
 
+# An a so large that ln(t + a) / ln(a) is 1 in float32 at every t: the unscaled network by the same compiled program.
+UNSCALED = 1e30
+
 
 def fit_scale(
     model: LanguageModel, params: dict, windows: np.ndarray, grid: Sequence[float], batch_size: int = 1
@@ -23,7 +26,7 @@ def fit_scale(
     vertex of the parabola through it and its two neighbours in ln(a) where it lies inside the grid. a is traced: one
     compilation serves the grid.
     """
-    # loss(a=None) is the unscaled model: the training-time network, whatever scaling the config carries.
+    # The training-time network, whatever scaling the config carries.
     plain = model.with_logits_scaling(None)
 
     @jax.jit
@@ -40,15 +43,14 @@ def fit_scale(
         nll_BT, _ = project_nll(hidden, plain.head(params), targets_BT, ids_BT)
         return jnp.sum(nll_BT, axis=1)
 
-    def loss(a: float | None) -> float:
+    def loss(a: float) -> float:
         total = 0.0
         for start in range(0, len(windows), batch_size):
             rows = padded_rows(windows, start, batch_size)
             real = len(windows[start : start + batch_size])
             ids_BT = np.where(np.arange(batch_size)[:, None] < real, 0, -1) * np.ones_like(rows[:, :-1])
-            scale = None if a is None else jnp.float32(a)
             with mesh_of(params):
-                nll_B = total_nll(params, rows[:, :-1], rows[:, 1:], ids_BT, scale)
+                nll_B = total_nll(params, rows[:, :-1], rows[:, 1:], ids_BT, jnp.float32(a))
             total += float(np.sum(on_host(nll_B).astype(np.float64)))
         return total / (len(windows) * (windows.shape[1] - 1))
 
@@ -59,7 +61,7 @@ def fit_scale(
         "a": float(f"{vertex(grid, losses):.4g}"),
         "grid": grid,
         "loss": losses,
-        "loss_unscaled": loss(None),
+        "loss_unscaled": loss(UNSCALED),
         "length": int(windows.shape[1] - 1),
         "documents": len(windows),
     }

@@ -45,7 +45,8 @@ class GateSearch:
     @property
     def student(self) -> LanguageModel:
         """The model of Lightning layers alone."""
-        config = transfer.student_of(self.run.teacher.config, (), self.run.config.student.position)
+        wanted = self.run.config.student
+        config = transfer.student_of(self.run.teacher.config, (), wanted.position, wanted.qk_norm)
         return dataclasses.replace(self.run.teacher, config=config)
 
     @functools.cached_property

@@ -38,6 +38,7 @@ from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.checkpoint import load_params, read_latest
 from hypenet_jax.train.loop import train
 from hypenet_jax.train.metrics import ReporterLike
+from hypenet_jax.train.preemption import EXIT_PREEMPTED, Preemption
 from hypenet_jax.train.stage import StageConfig
 
 EXPORT, EXPORT_DTYPE = "export", "float32"
@@ -237,6 +238,7 @@ def evaluate(run: Run) -> dict:
         found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
     windows = corpus.long_documents(run.heldout, settings.perplexity_length, settings.perplexity_documents)
     essays = settings.essays or corpus.heldout_prose(run.heldout, run.tokenizer)
+    begun = found.pop("begun", {})
     for name, (model, params) in models.items():
         if name in found["models"]:
             continue
@@ -244,7 +246,14 @@ def evaluate(run: Run) -> dict:
         def say(line: str, name: str = name) -> None:
             run.reporter.message(f"evaluate {name}  {line}")
 
-        with timed(run.workdir, f"evaluate {name}"):
+        with timed(run.workdir, f"evaluate {name}"), Preemption() as preemption:
+
+            def keep(measured: dict, name: str = name, preemption: Preemption = preemption) -> None:
+                write_json(path, found | {"begun": {name: measured}})
+                if preemption.requested():
+                    run.reporter.message(f"evaluate {name}: stopped and saved; the same command continues")
+                    raise SystemExit(EXIT_PREEMPTED)
+
             found["models"][name] = suite.evaluate_model(
                 model,
                 params,
@@ -254,6 +263,8 @@ def evaluate(run: Run) -> dict:
                 essays=essays,
                 seed=run.config.seed,
                 report=say,
+                begun=begun.get(name),
+                keep=keep,
             )
             if name != "student_unscaled":
                 found["samples"] += suite.write_samples(
@@ -271,7 +282,8 @@ def student_of(run: Run) -> LanguageModel:
 
 def student_model(run: Run, attention_layers: Sequence[int]) -> LanguageModel:
     """The hybrid that keeps attention in these layers, without scaling."""
-    config = transfer.student_of(run.teacher.config, attention_layers, run.config.student.position)
+    wanted = run.config.student
+    config = transfer.student_of(run.teacher.config, attention_layers, wanted.position, wanted.qk_norm)
     return dataclasses.replace(run.teacher, config=config)
 
 
@@ -307,7 +319,14 @@ def transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
     rows = np.asarray(tokens, np.int32).reshape(CALIBRATION_ROWS, CALIBRATION_LENGTH)
     settings, seed = run.config.student, run.config.seed
     return transfer.convert(
-        run.teacher, run.teacher_params, attention_layers, settings.position, settings.start, seed, rows
+        run.teacher,
+        run.teacher_params,
+        attention_layers,
+        settings.position,
+        settings.start,
+        seed,
+        rows,
+        settings.qk_norm,
     )
 
 

@@ -29,7 +29,8 @@ def check_plan(config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> None:
         with section(name):
             check_rows(getattr(config, name), mesh)
     with section("student"):
-        student = transfer.student_of(teacher, config.student.attention_layers or (), config.student.position)
+        wanted = config.student
+        student = transfer.student_of(teacher, wanted.attention_layers or (), wanted.position, wanted.qk_norm)
     with section("rules"):
         model = LanguageModel(student)
         param_shardings(model.param_axes(), model.param_shapes(), mesh, rules_of(config.rules))

@@ -61,6 +61,7 @@ class StudentConfig:
     position: str = "hype"
     start: str = "calibrated"
     attention_layers: tuple[int, ...] | None = None  # None: chosen by `select`
+    qk_norm: bool | None = None  # of the Lightning layers; None: as the teacher
 
     def __post_init__(self):
         check_choice("student.position", self.position, POSITIONS)
@@ -145,6 +146,7 @@ class EvaluateConfig:
     answer_budget: int = 128  # tokens kept free for the answer, as RULER does
     alternatives: bool = True  # "forced" tries ": value" where " value" was missed
     prefill_chunk: int = 8192  # longer needle tests run in chunks with a cache
+    row_tokens: int | None = None  # "forced": rows of so many tokens that hold several samples, one program for all
     perplexity_length: int = 4096
     perplexity_documents: int = 32
     batch_tokens: int = 32768
@@ -156,6 +158,10 @@ class EvaluateConfig:
         check_choice("evaluate.answer", self.answer, ("forced", "generate"))
         check_positive("evaluate", self, "samples", "answer_budget", "prefill_chunk", "batch_tokens", "new_tokens")
         check_positive("evaluate", self, "perplexity_length", "perplexity_documents")
+        if self.row_tokens is not None and self.row_tokens < max(self.lengths, default=1):
+            raise HypenetError(
+                f"evaluate.row_tokens is {self.row_tokens}, below the longest of the lengths {self.lengths}; raise it"
+            )
         if self.tasks and not self.lengths:
             raise HypenetError("evaluate.lengths is empty but evaluate.tasks are not; give lengths, or no tasks")
         if not all(self.prompts):

@@ -24,6 +24,7 @@ def convert(
     start: str = "official",
     seed: int = 0,
     calibration_tokens: np.ndarray | None = None,
+    qk_norm: bool | None = None,
 ) -> tuple[LanguageModel, dict]:
     """A HypeNet student out of a Transformer teacher.
 
@@ -31,11 +32,12 @@ def convert(
     "hype" (RoPE in the RNN layers, none in attention), "rope", "nope" or "attention_rope". `start` is "official"
     (random gates, unit output norms) or "calibrated" (gates that are the identity at step 0, and output norms that
     give every channel the teacher's RMS, measured on `calibration_tokens` int32 [B, T], by default random ids).
+    qk_norm: see `student_of`.
     Raises HypenetError for layers outside the model, an unknown choice, or a teacher that is not all attention.
     """
     check_choice("position", position, POSITIONS)
     check_choice("start", start, STARTS)
-    student_config = student_of(model.config, attention_layers, position)
+    student_config = student_of(model.config, attention_layers, position, qk_norm)
     keys = jax.random.split(jax.random.key(seed), model.config.num_layers)
     student_params = {name: value for name, value in params.items() if not name.startswith("layer_")}
     for layer, mixer in enumerate(student_config.mixers):
@@ -53,8 +55,14 @@ def convert(
     return student, student_params
 
 
-def student_of(teacher: ModelConfig, attention_layers: Sequence[int], position: str) -> ModelConfig:
-    """The student's config: the teacher's sizes, Lightning layers with as many key as query heads."""
+def student_of(
+    teacher: ModelConfig, attention_layers: Sequence[int], position: str, qk_norm: bool | None = None
+) -> ModelConfig:
+    """The student's config: the teacher's sizes, Lightning layers with as many key as query heads.
+
+    qk_norm: whether Lightning layers norm queries and keys; None does as the teacher. Attention layers always do as
+    the teacher.
+    """
     if teacher.attention_layers != tuple(range(teacher.num_layers)):
         raise HypenetError(f"the teacher's mixers are {teacher.mixers}; only an all-attention model can be converted")
     layers = sorted({int(layer) for layer in attention_layers})
@@ -73,7 +81,7 @@ def student_of(teacher: ModelConfig, attention_layers: Sequence[int], position: 
             num_kv_heads=teacher.num_heads,
             head_dim=teacher.head_dim,
             rope=lightning_rope,
-            qk_norm=teacher.qk_norm,
+            qk_norm=teacher.qk_norm if qk_norm is None else qk_norm,
         ),
     )
 

@@ -93,7 +93,6 @@ def read_json(path: pathlib.Path) -> Any:
 def timed(workdir: pathlib.Path, step: str) -> Iterator[None]:
     """Add the seconds that the body takes to run.json, with the command, versions and device that ran it."""
     path, start = workdir / "run.json", time.monotonic()
-    yield
 
     def add() -> None:
         run = read_json(path) if path.is_file() else {"seconds": {}}
@@ -104,4 +103,10 @@ def timed(workdir: pathlib.Path, step: str) -> Iterator[None]:
         run["seconds"][step] = round(run["seconds"].get(step, 0.0) + time.monotonic() - start, 1)
         _write_json(path, run)
 
+    try:
+        yield
+    except SystemExit:
+        # Stopped and saved: what it took counts, as the step goes on from there.
+        first(add)
+        raise
     first(add)

@@ -89,7 +89,8 @@ def read_tokenizer(metadata: Metadata, where: str) -> Tokenizer | None:
         json=library.to_str(),
         eos_id=stop_ids[0],
         pad_id=stop_ids[0] if pad_id is None else int(pad_id),
-        bos_id=metadata("tokenizer.ggml.bos_token_id"),
+        # A token that the file names but says not to put before a text is none: SmolLM2's opens a chat turn.
+        bos_id=None if metadata("tokenizer.ggml.add_bos_token") is False else metadata("tokenizer.ggml.bos_token_id"),
         stop_ids=stop_ids,
         chat_template=metadata("tokenizer.chat_template"),
     )

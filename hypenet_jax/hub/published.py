@@ -20,12 +20,28 @@ _QWEN3: dict[str, Any] = {
     "eos_ids": (151645,),
     "pad_id": 151645,
 }
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "head_dim": 64,
+    "family": "llama",
+    "qk_norm": False,
+    "norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "max_position": 8192,
+    "bos_id": 1,
+    "eos_ids": (2,),
+    "pad_id": 2,
+}
 # What config.json of the model on the Hugging Face Hub says.
 _SIZES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {"num_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "num_heads": 16},
     "qwen3-1.7b": {"num_layers": 28, "hidden_size": 2048, "intermediate_size": 6144, "num_heads": 16},
     "qwen3-4b": {"num_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_heads": 32},
     "qwen3-8b": {"num_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "num_heads": 32},
+}
+_SIZES |= {
+    "smollm2-135m": _SMOLLM2
+    | {"num_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_heads": 9, "num_kv_heads": 3},
 }
 _UNTIED = ("qwen3-8b",)
 

@@ -52,7 +52,7 @@ def models(config: ConvertConfig, teacher: ModelConfig) -> tuple[LanguageModel, 
     layers = config.student.attention_layers
     if layers is None:
         layers = tuple(select.choose({}, teacher.num_layers, "evenly", config.select.keep))
-    student = transfer.student_of(teacher, layers, config.student.position)
+    student = transfer.student_of(teacher, layers, config.student.position, config.student.qk_norm)
     model = functools.partial(LanguageModel, dtype=config.dtype, remat=config.remat)
     return model(teacher), model(student)
 

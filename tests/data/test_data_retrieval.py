@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypenet_jax.data.retrieval import MIN_CHARS, STYLES, retrieval_documents
+from hypenet_jax.data.retrieval_facts import QUESTIONS
 from hypenet_jax.errors import HypenetError
 
 NEEDLE = re.compile(r"One of the special magic (\w+)s for ([\w '-]+?) is: ([\w '-]+?)\.(?=\s|$)")
@@ -131,3 +132,21 @@ def test_weights_choose_styles():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(HypenetError, match=message):
         documents(**arguments)
+
+
+def test_facts_answer_their_questions_and_spell_nothing_of_the_evaluation():
+    asks = [
+        re.compile(re.sub(r"\\\{(what|key)\\\}", ".+", re.escape(question)).replace(r"\{value\}", "(.+)"))
+        for question in QUESTIONS
+    ]
+    for text in documents(300, 5, 6000, styles=["facts"]):
+        assert "special magic" not in text and "mentioned in the provided" not in text
+        *_, before, last = text.rstrip("\n").split("\n")
+        found = next(match for line in (f"{before}\n{last}", last) for ask in asks if (match := ask.fullmatch(line)))
+        assert text.count(found[1]) >= 2, text
+
+
+def test_a_style_that_nobody_asks_for_changes_no_document():
+    named = {name: weight for name, weight in STYLES.items() if weight}
+    assert "facts" not in named
+    assert documents(80, 4) == documents(80, 4, styles=named)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 
 import hypenet_jax as hn
 from hypenet_jax.cli import main
+from hypenet_jax.evals import suite
 from hypenet_jax.halo import pipeline
 from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.train.preemption import EXIT_PREEMPTED
 
 STEPS = ("align", "select", "distill", "finetune", "fit-scale", "export", "evaluate")
 STAGES = ("align", "distill", "finetune")
@@ -137,6 +140,38 @@ def test_new_measurements_of_a_finished_run(finished, convert_config, tmp_path, 
     assert {row["length"] for model in found["models"].values() for row in model["niah"]} == {480}
     assert found["samples"] == []
     assert contents(copy / "finetune") == contents(finished / "finetune")
+
+
+def test_an_evaluation_that_is_stopped_goes_on_with_the_next_cell(finished, convert_config, tmp_path, monkeypatch):
+    """SIGTERM in the second of three cells: that cell is finished and kept, the exit code says to go on."""
+    copy, needles, asked = tmp_path / "run", suite.needles, []
+    shutil.copytree(finished, copy)
+    seconds = read_json(copy / "run.json")["seconds"]["evaluate teacher"]
+
+    def counted(*arguments):
+        asked.append((arguments[0].config.family, arguments[5]))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return needles(*arguments)
+
+    monkeypatch.setattr(suite, "needles", counted)
+    settings = ("lengths=[500, 512, 520]", "row_tokens=1040", "prompts=[]")
+    flags = [word for setting in settings for word in ("--set", f"evaluate.{setting}")]
+    command = ["evaluate", "--config", str(convert_config), "--workdir", str(copy), *flags]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == EXIT_PREEMPTED
+    assert asked == [("qwen3", 500), ("qwen3", 512)]
+    found = read_json(copy / "eval.json")
+    assert found["models"] == {} and found["begun"]["teacher"]["cells"] == [["S1", 500], ["S1", 512]]
+    assert read_json(copy / "run.json")["seconds"]["evaluate teacher"] > seconds
+    assert main(command) == 0
+    assert asked[2:] == [("qwen3", 520), *(("hypenet", length) for length in (500, 512, 520) * 2)]
+    found = read_json(copy / "eval.json")
+    assert "begun" not in found and list(found["models"]) == ["teacher", "student", "student_unscaled"]
+    for model in found["models"].values():
+        assert [row["length"] for row in model["niah"]] == [500, 500, 512, 512, 520, 520]
+        assert set(model) == {"perplexity", "perplexity_by_position", "niah"}
 
 
 def test_a_run_goes_on_with_other_devices(finished, convert_config, tmp_path, stage_records, monkeypatch):

@@ -183,3 +183,27 @@ def test_logits_scaling_is_set_and_taken_off(tiny):
     np.testing.assert_array_equal(scaled.with_logits_scaling(None).logits(sparams, TOKENS), plain)
     with pytest.raises(HypenetError, match="value is 1.0"):
         student.with_logits_scaling(1)
+
+
+def test_lightning_layers_may_norm_queries_and_keys_that_the_teacher_does_not(tiny):
+    model, params = tiny
+    plain = dataclasses.replace(model, config=dataclasses.replace(model.config, family="llama", qk_norm=False))
+    bare = {
+        name: value | {"mixer": {key: w for key, w in value["mixer"].items() if not key.endswith("_norm")}}
+        if name.startswith("layer_")
+        else value
+        for name, value in params.items()
+    }
+    as_teacher, _ = hn.convert(plain, bare, [1])
+    assert not as_teacher.config.lightning.qk_norm
+    student, sparams = hn.convert(plain, bare, [1], qk_norm=True, start="calibrated")
+    assert student.config.lightning.qk_norm and not student.config.qk_norm
+    assert set(sparams["layer_0"]["mixer"]) - set(sparams["layer_1"]["mixer"]) == {"q_norm", "k_norm", "o_norm"}
+    for name in ("q_norm", "k_norm"):
+        np.testing.assert_array_equal(sparams["layer_0"]["mixer"][name], np.ones(8, np.float32))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, student.param_shapes())
+    assert jax.tree.map(lambda leaf: tuple(leaf.shape), sparams) == shapes
+    # The norm takes the size of queries away: ten times as large, they give the same.
+    larger = jax.tree.map(lambda x: x, sparams)
+    larger["layer_0"]["mixer"] = larger["layer_0"]["mixer"] | {"q": 10 * sparams["layer_0"]["mixer"]["q"]}
+    np.testing.assert_allclose(student.logits(larger, TOKENS), student.logits(sparams, TOKENS), atol=2e-4)

@@ -88,3 +88,9 @@ def test_tokenizers_that_cannot_be_rebuilt(changes, words):
 def test_no_tokenizer_at_all():
     assert read_tokenizer(metadata(model=None), "m.gguf") is None
     assert len(BYTES) == len(set(BYTES))
+
+
+def test_a_first_token_that_the_file_says_not_to_add_is_none():
+    assert read_tokenizer(metadata(bos_token_id=0), "m.gguf").bos_id == 0
+    assert read_tokenizer(metadata(bos_token_id=0, add_bos_token=True), "m.gguf").bos_id == 0
+    assert read_tokenizer(metadata(bos_token_id=0, add_bos_token=False), "m.gguf").bos_id is None

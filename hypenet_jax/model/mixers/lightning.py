@@ -115,14 +115,19 @@ def from_attention(teacher: dict, config: ModelConfig, key: jax.Array, start: st
     """Parameters of this layer out of a teacher's attention layer (HALO's weight transfer, arXiv 2601.22156).
 
     Projections and q/k norms are copied, every key and value head is cloned in place to serve its group's query
-    heads (0,0,1,1,...), the output norm is ones, and the gate is new: see `attention.from_attention` for `start`.
+    heads (0,0,1,1,...), the output norm is ones, and the gate is new: see `attention.from_attention` for `start`. q/k
+    norms that the teacher lacks are ones, which keeps the direction of its queries and keys.
     """
     lightning = _settings(config)
     wanted = parameters(config)
-    student: dict[str, jax.Array] = {name: teacher[name] for name in ("q", "o", "q_norm", "k_norm") if name in wanted}
+    copied = [name for name in ("q", "o", "q_norm", "k_norm") if name in wanted and name in teacher]
+    student: dict[str, jax.Array] = {name: teacher[name] for name in copied}
     for name in ("k", "v"):
         clones = lightning.num_kv_heads // teacher[name].shape[1]
         student[name] = jnp.repeat(teacher[name], clones, axis=1)
+    for name in ("q_norm", "k_norm"):
+        if name in wanted and name not in student:
+            student[name] = jnp.ones(wanted[name].shape, jnp.float32)
     if lightning.output_norm:
         student["o_norm"] = jnp.ones((lightning.num_heads, lightning.head_dim), jnp.float32)
     return add_output_gate(student, parameters(config).get("gate"), key, start)
