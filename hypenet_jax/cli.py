@@ -85,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _run_config(arguments: argparse.Namespace) -> None:
     from hypenet_jax.config import load_config
     from hypenet_jax.halo import pipeline
+    from hypenet_jax.halo.ablate import ablate
     from hypenet_jax.halo.pretrain import pretrain
     from hypenet_jax.halo.settings import PretrainConfig
     from hypenet_jax.train.metrics import Reporter
@@ -110,6 +111,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "fit-scale": pipeline.fit,
         "export": pipeline.export,
         "evaluate": pipeline.evaluate,
+        "ablate": lambda run: ablate(run, arguments.study),
     }
     steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter, _whole_run(arguments)))
 

@@ -18,13 +18,14 @@ from hypenet_jax.data.teacher_rows import TeacherOutput, read_output
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.evals.card import run_card
-from hypenet_jax.evals.report import write_report
+from hypenet_jax.evals.report import SCALE_NEEDLES, write_report
 from hypenet_jax.halo import corpus, precheck, select, teacher_cache, transfer, variants
 from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
 from hypenet_jax.halo.distill import cached_distillation_loss, distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.halo.fit_scale import fit_scale
 from hypenet_jax.halo.probes import probes
+from hypenet_jax.halo.scale_needles import scale_needles
 from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
 from hypenet_jax.hub.card import CARD, replace_card
@@ -109,7 +110,7 @@ def run_all(run: Run) -> pathlib.Path:
 
 def align(run: Run) -> dict:
     """Stage 1. Returns the Lightning mixers of all layers, {"layer_i": parameters}."""
-    student, params = _transferred(run, ())
+    student, params = transferred(run, ())
     num_layers = student.config.num_layers
     mixers = mixers_of(params, num_layers)
     axes = mixers_of(student.param_axes(), num_layers)
@@ -147,7 +148,7 @@ def distill(run: Run) -> dict:
     student, params = start_student(run)
     chunk, axes, start = run.config.distill.token_chunk, student.param_axes(), corpus.stage_tokens(run.config.align)
     if run.config.teacher_output == LIVE:
-        loss = distillation_loss(run.teacher, student, chunk)
+        loss = distillation_loss(run.teacher, student, chunk, dataclasses.asdict(run.config.objective))
         return _train(run, "distill", loss, student, params, axes, run.frozen, start)
     beside = teacher_cache.rows_for(pathlib.Path(run.config.teacher_output), _teacher_output(run))
     loss = cached_distillation_loss(run.teacher, student, chunk, beside.output.form)
@@ -158,6 +159,8 @@ def distill(run: Run) -> dict:
 
 def cache_teacher(run: Run, form: str = "hidden", k: int | None = None) -> pathlib.Path:
     """The teacher's output for stage 2, W/teacher_output: last hidden states, or the k likeliest tokens."""
+    if run.config.data.documents != "masked":
+        raise HypenetError("data.documents is 'joined' but a kept teacher output is of masked documents; use 'masked'")
     vocab = run.teacher.config.vocab_size
     if form == "top-k" and (k is None or not 1 <= k <= vocab):
         raise HypenetError(f"k is {k}; --form top-k needs --k between 1 and the {vocab} tokens of the vocabulary")
@@ -230,7 +233,9 @@ def evaluate(run: Run) -> dict:
         "student": (student, student_params),
         "student_unscaled": (student.with_logits_scaling(None), student_params),
     }
-    wanted = {"settings": dataclasses.asdict(settings), "train_length": run.config.finetune.seq_len}
+    # What is asked for every a has a file of its own.
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if not k.startswith("scale_")}
+    wanted = {"settings": asked, "train_length": run.config.finetune.seq_len}
     found = read_json(path) if path.is_file() else {}
     if {name: found.get(name) for name in wanted} != json.loads(json.dumps(wanted)):
         found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
@@ -259,8 +264,27 @@ def evaluate(run: Run) -> dict:
                     name, model, params, run.tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
                 )
         write_json(path, found)
+    if settings.scale_lengths:
+        _needles_by_scale(run, essays)
     first(lambda: _renew_card(run, student))
     return found
+
+
+def _needles_by_scale(run: Run, essays) -> None:
+    """Whether the fitted a serves retrieval too: the same needles for a grid of a, W/scale_needles.json."""
+    student, params = finished_student(run)
+    with timed(run.workdir, "evaluate needles by a"):
+        scale_needles(
+            run.workdir / SCALE_NEEDLES,
+            student,
+            params,
+            run.tokenizer,
+            run.config.evaluate,
+            grid=run.config.evaluate.scale_grid or run.config.fit_scale.grid,
+            essays=essays,
+            seed=run.config.seed,
+            report=run.reporter.message,
+        )
 
 
 def student_of(run: Run) -> LanguageModel:
@@ -273,7 +297,7 @@ def student_of(run: Run) -> LanguageModel:
 def start_student(run: Run) -> tuple[LanguageModel, dict]:
     """The hybrid as stage 2 starts it: transferred attention layers, stage-1 Lightning layers."""
     layers = read_json(run.workdir / "select.json")["layers"]
-    student, params = _transferred(run, layers)
+    student, params = transferred(run, layers)
     chosen = {f"layer_{i}" for i, mixer in enumerate(student.config.mixers) if mixer == "lightning"}
     aligned = _finished(run, "align")
     return student, with_mixers(params, {name: aligned[name] for name in sorted(chosen)})
@@ -296,20 +320,24 @@ def _renew_card(run: Run, student: LanguageModel) -> None:
         run.reporter.message(f"evaluate  {directory / CARD} was edited and is left as it is")
 
 
-def _transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
-    """The student right after the weight transfer, calibrated on the first tokens of the training text."""
+def transferred(
+    run: Run, attention_layers, start: str | None = None, seed: int | None = None
+) -> tuple[LanguageModel, dict]:
+    """The student right after the weight transfer, calibrated on the first tokens of the training text.
+
+    start and seed are the config's where None.
+    """
     tokens, _ = run.text.slice(0, CALIBRATION_ROWS * CALIBRATION_LENGTH)
     rows = np.asarray(tokens, np.int32).reshape(CALIBRATION_ROWS, CALIBRATION_LENGTH)
-    settings, seed = run.config.student, run.config.seed
-    return transfer.convert(
-        run.teacher, run.teacher_params, attention_layers, settings.position, settings.start, seed, rows
-    )
+    settings = run.config.student
+    start, seed = start or settings.start, run.config.seed if seed is None else seed
+    return transfer.convert(run.teacher, run.teacher_params, attention_layers, settings.position, start, seed, rows)
 
 
 def _measure(run: Run) -> dict:
     settings = run.config.select
     rows, choices = probes(settings, run.tokenizer, run.heldout, run.config.seed)
-    student, _ = _transferred(run, ())
+    student, _ = transferred(run, ())
 
     def report(layer: int, scores: dict) -> None:
         run.reporter.message(
@@ -335,7 +363,8 @@ def _train(
     stage: StageConfig = getattr(run.config, name)
     completions = name == "finetune" and run.config.finetune_loss == "completions"
     seed, workers = run.config.seed, run.config.data.workers
-    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions, beside)
+    joined = run.config.data.documents == "joined"
+    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions, beside, joined)
     with timed(run.workdir, name):
         trained, _ = train(
             name=name,
