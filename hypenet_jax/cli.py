@@ -85,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _run_config(arguments: argparse.Namespace) -> None:
     from hypenet_jax.config import load_config
     from hypenet_jax.halo import pipeline
+    from hypenet_jax.halo.ablate import ablate
     from hypenet_jax.halo.compare import compare
     from hypenet_jax.halo.compare_selection import compare as compare_selection
     from hypenet_jax.halo.compare_settings import ComparisonConfig
@@ -124,6 +125,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "fit-scale": pipeline.fit,
         "export": pipeline.export,
         "evaluate": pipeline.evaluate,
+        "ablate": lambda run: ablate(run, arguments.study),
     }
     steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter, _whole_run(arguments)))
 

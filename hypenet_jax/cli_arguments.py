@@ -51,6 +51,10 @@ COMMANDS = {
         "needles and perplexity of teacher and student",
         "hypenet evaluate --config configs/demo.py --workdir runs/demo",
     ),
+    "ablate": (
+        "compare recipes by short runs from one base: start, masters, kl, lengths, documents",
+        "hypenet ablate --config configs/demo.py --workdir runs/demo --study start kl",
+    ),
     "report": ("write the HTML report of a work directory", "hypenet report runs/demo"),
     "qk-restore": (
         "put the queries and keys of before a fine-tune back into the attention layers",
@@ -80,7 +84,7 @@ COMMANDS = {
 PLAN_COMMANDS = ("plan", "scaling")
 RUN_COMMANDS = (
     "convert", "align", "select", "compare-selection", "cache-teacher", "distill", "finetune", "fit-scale", "export",
-    "evaluate", "pretrain", "compare-architectures",
+    "evaluate", "ablate", "pretrain", "compare-architectures",
 )  # fmt: skip
 
 
@@ -113,6 +117,10 @@ def parser() -> argparse.ArgumentParser:
     cached = added["cache-teacher"]
     cached.add_argument("--form", choices=("hidden", "top-k"), default="hidden", help="what is kept of every token")
     cached.add_argument("--k", type=int, help="with --form top-k: how many of the likeliest tokens")
+    studies = ("start", "masters", "kl", "lengths", "documents")
+    added["ablate"].add_argument(
+        "--study", nargs="+", choices=studies, required=True, help="what is asked, one or more"
+    )
     _add_bench(added["bench"])
     added["import"].add_argument("source", help="Hugging Face directory, GGUF file or a stage's directory")
     added["import"].add_argument("directory", help="the Hugging Face directory to write")

@@ -40,14 +40,17 @@ def document_windows(
 
 
 def batch_of(
-    tokens_BS: np.ndarray, starts_BS: np.ndarray, prompts_BS: np.ndarray | None = None
+    tokens_BS: np.ndarray, starts_BS: np.ndarray, prompts_BS: np.ndarray | None = None, joined: bool = False
 ) -> dict[str, np.ndarray]:
     """The batch of rows with one token of lookahead, S = T + 1.
 
     tokens_BS int32 [B, T+1], starts_BS bool [B, T+1] (True at a document's first token), prompts_BS bool [B, T+1] (True
     at tokens that are not to be learned) -> "tokens", "targets", "segment_ids" int32 [B, T] (documents counted from 0
     within the row) and "loss_mask" bool [B, T] (True where the target is of the token's document and of no prompt).
+    joined: a row is one document, whatever begins in it.
     """
+    if joined:
+        starts_BS = np.zeros_like(starts_BS)
     documents_BS = np.cumsum(starts_BS, axis=1, dtype=np.int32)
     unlearned_BS = starts_BS if prompts_BS is None else starts_BS | prompts_BS
     return {
@@ -68,12 +71,13 @@ class _ReadRows:
     own: tuple[int, ...]
     completions: bool
     beside: TeacherRows | None
+    joined: bool
 
     def __call__(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
         rows_B = rows_B[list(self.own)].astype(np.int64)
         starts_B = self.start_token + rows_B * self.seq_len
         tokens_BS, starts_BS, prompts_BS = self.packed.rows_with_prompts(starts_B, self.seq_len + 1)
-        batch = batch_of(tokens_BS, starts_BS, prompts_BS if self.completions else None)
+        batch = batch_of(tokens_BS, starts_BS, prompts_BS if self.completions else None, self.joined)
         return batch if self.beside is None else batch | self.beside(rows_B)
 
 
@@ -84,7 +88,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
     of all processes; `rows` are the places in every global batch that this one yields, in ascending order (None: all):
     what a step holds does not depend on who reads which part of it. workers: processes that read ahead; 0 reads in
     threads. completions: of conversations only what the assistant wrote is in the loss mask; plain text is whole.
-    beside: a teacher's output for these rows, whose arrays the batches carry too.
+    beside: a teacher's output for these rows, whose arrays the batches carry too. joined: see `batch_of`.
     Raises HypenetError for arguments out of range.
     """
 
@@ -101,6 +105,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         workers: int = 0,
         completions: bool = False,
         beside: TeacherRows | None = None,
+        joined: bool = False,
     ):
         for name, value, lowest in (
             ("seq_len", seq_len, 1),
@@ -133,6 +138,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             "workers": workers,
             # Left out where it is not: positions from before there were conversations have no such entry.
             **({"completions": True} if completions else {}),
+            **({"joined": True} if joined else {}),
         }
         # Kept hidden states are the teacher itself; the likeliest tokens make another loss.
         if beside is not None and beside.output.form != "hidden":
@@ -141,7 +147,7 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             grain.MapDataset.range(steps * batch_size)
             .shuffle(seed=seed)
             .batch(batch_size)
-            .map(_ReadRows(packed, seq_len, start_token, rows, completions, beside))
+            .map(_ReadRows(packed, seq_len, start_token, rows, completions, beside, joined))
         )
         self._step = 0
         self._running: grain.DatasetIterator | None = None

@@ -1,8 +1,11 @@
-"""How sure an accuracy is."""
+"""How sure an accuracy, or a mean over a few runs, is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import scipy.special
 
 
 def wilson(correct: float, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -19,3 +22,14 @@ def wilson(correct: float, total: int, z: float = 1.959963984540054) -> tuple[fl
     low = (centre - spread) / scale if correct > 0 else 0.0
     high = (centre + spread) / scale if correct < total else 1.0
     return max(0.0, low), min(1.0, high)
+
+
+def student_t(values: Sequence[float], confidence: float = 0.95) -> dict[str, float | None]:
+    """{"mean", "low", "high"}: the mean's interval by Student's t over independent values; one value has none."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    quantile = float(scipy.special.stdtrit(len(values) - 1, (1 + confidence) / 2))
+    spread = quantile * math.sqrt(variance / len(values))
+    return {"mean": mean, "low": mean - spread, "high": mean + spread}

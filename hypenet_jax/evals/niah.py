@@ -80,6 +80,7 @@ def score_forced(
     prefill_chunk: int | None = None,
     alternatives: bool = True,
     row_length: int | None = None,
+    hype_a: float | None = None,
 ) -> NiahScore:
     """Whether greedy generation would begin with the answer, by one teacher-forced forward and no generation.
 
@@ -91,9 +92,10 @@ def score_forced(
     Rows are right-padded to their samples' `length` with segment id -1, the last batch with empty rows: one
     compilation per (model, length, batch_size). prefill_chunk None runs `model.hidden` on whole rows; a number runs
     `model.step` over chunks of that many tokens with a cache, for lengths whose activations would not fit. row_length:
-    all rows are of that length, so that samples of several lengths share one compilation.
+    all rows are of that length, so that samples of several lengths share one compilation. `hype_a` scales the queries
+    by s_t of that a instead of the model's own scaling; it is traced, so that a grid of them shares the compilation.
     """
-    how = (batch_size, prefill_chunk, row_length)
+    how = (batch_size, prefill_chunk, row_length, None if hype_a is None else np.float32(hype_a))
     correct = _forced_pass(model, params, samples, [s.answer_ids for s in samples], *how)
     missed = [i for i, right in enumerate(correct) if not right and samples[i].alternative_ids]
     if alternatives and missed:
@@ -112,6 +114,7 @@ def _forced_pass(
     batch_size: int,
     prefill_chunk: int | None,
     row_length: int | None,
+    hype_a: np.float32 | None,
 ) -> list[bool]:
     correct = [False] * len(samples)
     width = -(-max((len(a) for s in samples for a in (s.answer_ids, s.alternative_ids)), default=1) // 8) * 8
@@ -132,7 +135,7 @@ def _forced_pass(
             positions_BA[row, : len(answer)] = len(prompt) - 1 + np.arange(len(answer))
         with mesh_of(params):
             right_B = _answers_are_argmax(
-                model, params, tokens_BT, segments_BT, positions_BA, targets_BA, prefill_chunk
+                model, params, tokens_BT, segments_BT, positions_BA, targets_BA, prefill_chunk, hype_a
             )
         for i, right in zip(indices, on_host(right_B), strict=False):
             correct[i] = bool(right)
@@ -140,19 +143,20 @@ def _forced_pass(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "prefill_chunk"))
-def _answers_are_argmax(model, params, tokens_BT, segments_BT, positions_BA, targets_BA, prefill_chunk):
+def _answers_are_argmax(model, params, tokens_BT, segments_BT, positions_BA, targets_BA, prefill_chunk, hype_a=None):
     """bool [B]: the argmax at positions_BA is targets_BA wherever a target is given (>= 0)."""
+    scaled = {} if hype_a is None else {"hype_a": hype_a}
     if prefill_chunk is None:
-        hidden_BTD = model.hidden(params, tokens_BT, segments_BT)
+        hidden_BTD = model.hidden(params, tokens_BT, segments_BT, **scaled)
         hidden_BAD = jnp.take_along_axis(hidden_BTD, positions_BA[..., None], axis=1)
     else:
-        hidden_BAD = _chunked_hidden(model, params, tokens_BT, segments_BT >= 0, positions_BA, prefill_chunk)
+        hidden_BAD = _chunked_hidden(model, params, tokens_BT, segments_BT >= 0, positions_BA, prefill_chunk, scaled)
     head = model.head(params).astype(hidden_BAD.dtype)
     logits_BAV = jnp.einsum("bad,dv->bav", hidden_BAD, head, preferred_element_type=jnp.float32)
     return jnp.all((jnp.argmax(logits_BAV, axis=-1) == targets_BA) | (targets_BA < 0), axis=-1)
 
 
-def _chunked_hidden(model, params, tokens_BT, valid_BT, positions_BA, chunk):
+def _chunked_hidden(model, params, tokens_BT, valid_BT, positions_BA, chunk, scaled):
     """Hidden states at positions_BA, from a prefill in chunks that keeps no others."""
     batch, length = tokens_BT.shape
     chunks = -(-length // chunk)
@@ -164,7 +168,7 @@ def _chunked_hidden(model, params, tokens_BT, valid_BT, positions_BA, chunk):
     def body(carry, inputs):
         cache, found_BAD = carry
         start, tokens_BC, valid_BC = inputs
-        hidden_BCD, cache = model.step(params, tokens_BC, cache, valid_BC)
+        hidden_BCD, cache = model.step(params, tokens_BC, cache, valid_BC, **scaled)
         offsets_BA = positions_BA - start
         picked_BAD = jnp.take_along_axis(hidden_BCD, jnp.clip(offsets_BA, 0, chunk - 1)[..., None], axis=1)
         inside_BA = (offsets_BA >= 0) & (offsets_BA < chunk)

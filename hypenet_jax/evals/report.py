@@ -19,6 +19,9 @@ STAGES = ("align", "distill", "finetune", "train")
 MODELS = ("teacher", "student", "student_unscaled")
 TASK_ORDER = ("S1", "S2", "S2-like", "S3", "S3-like")
 
+# The needles that `evaluate` asks for every a of a grid.
+SCALE_NEEDLES = "scale_needles.json"
+
 _MARK = '<meta name="generator" content="hypenet_jax report">'
 
 
@@ -65,9 +68,9 @@ def gather(workdir: str | os.PathLike) -> dict[str, Any]:
     """Everything the page shows, JSON-able; keys of missing pieces hold None or are empty.
 
     {"name", "kind" ("conversion" or "training"), "config", "teacher", "student", "stages", "select", "fit_scale",
-    "eval", "accuracy", "run"}: teacher and student in the words of `summary`, stages {name: [records]}, accuracy rows
-    {"model", "task", "length", "correct", "total", "accuracy", "low", "high"} (Wilson's 95% interval). Non-finite
-    numbers become None.
+    "scale_needles", "eval", "accuracy", "run"}: teacher and student in the words of `summary`, stages {name:
+    [records]}, accuracy rows {"model", "task", "length", "correct", "total", "accuracy", "low", "high"} (Wilson's 95%
+    interval). Non-finite numbers become None.
     """
     directory = pathlib.Path(workdir)
     if not directory.is_dir():
@@ -91,6 +94,7 @@ def gather(workdir: str | os.PathLike) -> dict[str, Any]:
             "stages": stages,
             "select": select,
             "fit_scale": fit,
+            "scale_needles": read_object(directory / SCALE_NEEDLES),
             "eval": evaluated,
             "accuracy": accuracy_rows(evaluated),
             "run": run,

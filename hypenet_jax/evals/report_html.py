@@ -225,7 +225,15 @@ def _scaling(found: dict[str, Any]) -> str:
     rows += [["Lowest loss of the grid, nats per token", f"{min(losses):.4f}"]]
     if fit.get("loss_unscaled") is not None:
         rows.append(["Loss unscaled, nats per token", f"{fit['loss_unscaled']:.4f}"])
-    return _section("Query scaling", about, _beside(_drawn(drawing, ""), _table(["Fit", ""], rows)))
+    asked = report_needles.needles_by_scale(found.get("scale_needles"), fit)
+    retrieval = ""
+    if asked is not None:
+        caption = (
+            "The same needles asked for every a, with Wilson's 95% intervals, and unscaled (dashed). The vertical line "
+            "is the a that was fitted by loss."
+        )
+        retrieval = f"<h3>Retrieval by a</h3>{_drawn(asked, caption)}"
+    return _section("Query scaling", about, _beside(_drawn(drawing, ""), _table(["Fit", ""], rows)), retrieval)
 
 
 def _perplexity(found: dict[str, Any]) -> str:

@@ -10,9 +10,21 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from hypenet_jax.evals.intervals import wilson
 from hypenet_jax.evals.report import MODELS, TASK_ORDER, ordered
-from hypenet_jax.evals.report_axes import STYLE, by_model, length_axis, line_style, mark_training, short_length, svg
-from hypenet_jax.evals.report_style import INK, model_colour, model_name
+from hypenet_jax.evals.report_axes import (
+    STYLE,
+    above,
+    by_model,
+    length_axis,
+    line_style,
+    mark_training,
+    short_length,
+    svg,
+)
+from hypenet_jax.evals.report_style import INK, MUTED, model_colour, model_name
+
+SCALE_COLOURS = ("#5a7fa8", "#d55e00", "#009e73", "#a05195", "#e2a72e", "#3b3b3b")
 
 
 def needle_accuracy(evaluated: dict[str, Any] | None, rows: Sequence[dict[str, Any]]) -> str | None:
@@ -50,6 +62,46 @@ def _accuracy_line(axes: Any, model: str, line: list[dict[str, Any]], shift: flo
     ]
     style = line_style(model)
     axes.errorbar(x, y, yerr=spread, elinewidth=1.0, capsize=2.2, capthick=1.0, clip_on=False, **style)
+
+
+def needles_by_scale(asked: dict[str, Any] | None, fit: dict[str, Any]) -> str | None:
+    """Answered needles against a, a panel a task and a line a length; unscaled dashed, the fitted a marked."""
+    rows = (asked or {}).get("rows") or []
+    tasks = sorted({r["task"] for r in rows}, key=lambda t: ordered(t, TASK_ORDER))
+    if not tasks:
+        return None
+    lengths = sorted({r["length"] for r in rows})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(5.4, min(10.8, 4.6 * len(tasks))), 3.3), layout="constrained")
+        panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+        for axes, task in zip(panels, tasks, strict=True):
+            for i, length in enumerate(lengths):
+                cells = [r for r in rows if (r["task"], r["length"]) == (task, length)]
+                _scale_line(axes, cells, short_length(length), SCALE_COLOURS[i % len(SCALE_COLOURS)], 1.03**i)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.set_ylim(-3, 104)
+            axes.set_title(task, pad=19)
+            axes.set_xlabel("a")
+            if fit.get("a") is not None:
+                axes.axvline(fit["a"], lw=1, color=MUTED, ls=(0, (2, 2)))
+                above(axes, fit["a"], f"a = {fit['a']:.4g}", color=INK, fontsize=8)
+        panels[0].set_ylabel("answered (%)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", title="length")
+        return svg(figure, "needles-by-scale")
+
+
+def _scale_line(axes: Any, cells: list[dict[str, Any]], label: str, colour: str, shift: float) -> None:
+    scaled = sorted((r for r in cells if r["a"] is not None), key=lambda r: r["a"])
+    shares = [(r["correct"] / r["total"], *wilson(r["correct"], r["total"])) for r in scaled]
+    y = [100 * share for share, _, _ in shares]
+    spread = [[100 * max(0.0, s - low) for s, low, _ in shares], [100 * max(0.0, high - s) for s, _, high in shares]]
+    style = {"marker": "o", "ms": 4, "lw": 1.7, "elinewidth": 0.9, "capsize": 2, "clip_on": False}
+    axes.errorbar([r["a"] * shift for r in scaled], y, yerr=spread, color=colour, label=label, **style)
+    for row in cells:
+        if row["a"] is None:
+            axes.axhline(100 * row["correct"] / row["total"], color=colour, lw=1.2, ls=(0, (4, 3)), alpha=0.8)
 
 
 def needle_maps(evaluated: dict[str, Any] | None) -> str | None:

@@ -111,6 +111,7 @@ def stage_batches(
     mesh: Mesh | None = None,
     completions: bool = False,
     beside: TeacherRows | None = None,
+    joined: bool = False,
 ) -> StageBatches:
     """A stage's batches, from `start_token` of the endless stream on; the rows of this process's devices on `mesh`."""
     return StageBatches(
@@ -124,6 +125,7 @@ def stage_batches(
         workers=workers,
         completions=completions,
         beside=beside,
+        joined=joined,
     )
 
 

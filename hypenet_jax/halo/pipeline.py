@@ -19,7 +19,7 @@ from hypenet_jax.data.teacher_rows import TeacherOutput, read_output
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.evals.card import run_card
-from hypenet_jax.evals.report import write_report
+from hypenet_jax.evals.report import SCALE_NEEDLES, write_report
 from hypenet_jax.halo import corpus, precheck, select, teacher_cache, transfer, variants
 from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
 from hypenet_jax.halo.distill import cached_distillation_loss, distillation_loss
@@ -27,6 +27,7 @@ from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.halo.fit_scale import fit_scale
 from hypenet_jax.halo.gate_search import GateSearch
 from hypenet_jax.halo.probes import probes
+from hypenet_jax.halo.scale_needles import scale_needles
 from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
 from hypenet_jax.hub.card import CARD, replace_card
@@ -149,7 +150,7 @@ def distill(run: Run) -> dict:
     student, params = start_student(run)
     chunk, axes, start = run.config.distill.token_chunk, student.param_axes(), corpus.stage_tokens(run.config.align)
     if run.config.teacher_output == LIVE:
-        loss = distillation_loss(run.teacher, student, chunk)
+        loss = distillation_loss(run.teacher, student, chunk, dataclasses.asdict(run.config.objective))
         return _train(run, "distill", loss, student, params, axes, run.frozen, start)
     beside = teacher_cache.rows_for(pathlib.Path(run.config.teacher_output), _teacher_output(run))
     loss = cached_distillation_loss(run.teacher, student, chunk, beside.output.form)
@@ -160,6 +161,8 @@ def distill(run: Run) -> dict:
 
 def cache_teacher(run: Run, form: str = "hidden", k: int | None = None) -> pathlib.Path:
     """The teacher's output for stage 2, W/teacher_output: last hidden states, or the k likeliest tokens."""
+    if run.config.data.documents != "masked":
+        raise HypenetError("data.documents is 'joined' but a kept teacher output is of masked documents; use 'masked'")
     vocab = run.teacher.config.vocab_size
     if form == "top-k" and (k is None or not 1 <= k <= vocab):
         raise HypenetError(f"k is {k}; --form top-k needs --k between 1 and the {vocab} tokens of the vocabulary")
@@ -232,7 +235,9 @@ def evaluate(run: Run) -> dict:
         "student": (student, student_params),
         "student_unscaled": (student.with_logits_scaling(None), student_params),
     }
-    wanted = {"settings": dataclasses.asdict(settings), "train_length": run.config.finetune.seq_len}
+    # What is asked for every a has a file of its own.
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if not k.startswith("scale_")}
+    wanted = {"settings": asked, "train_length": run.config.finetune.seq_len}
     found = read_json(path) if path.is_file() else {}
     if {name: found.get(name) for name in wanted} != json.loads(json.dumps(wanted)):
         found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
@@ -271,8 +276,27 @@ def evaluate(run: Run) -> dict:
                     name, model, params, run.tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
                 )
         write_json(path, found)
+    if settings.scale_lengths:
+        _needles_by_scale(run, essays)
     first(lambda: _renew_card(run, student))
     return found
+
+
+def _needles_by_scale(run: Run, essays) -> None:
+    """Whether the fitted a serves retrieval too: the same needles for a grid of a, W/scale_needles.json."""
+    student, params = finished_student(run)
+    with timed(run.workdir, "evaluate needles by a"):
+        scale_needles(
+            run.workdir / SCALE_NEEDLES,
+            student,
+            params,
+            run.tokenizer,
+            run.config.evaluate,
+            grid=run.config.evaluate.scale_grid or run.config.fit_scale.grid,
+            essays=essays,
+            seed=run.config.seed,
+            report=run.reporter.message,
+        )
 
 
 def student_of(run: Run) -> LanguageModel:
@@ -313,21 +337,19 @@ def _renew_card(run: Run, student: LanguageModel) -> None:
         run.reporter.message(f"evaluate  {directory / CARD} was edited and is left as it is")
 
 
-def transferred(run: Run, attention_layers) -> tuple[LanguageModel, dict]:
-    """The student right after the weight transfer, calibrated on the first tokens of the training text."""
+def transferred(
+    run: Run, attention_layers, start: str | None = None, seed: int | None = None
+) -> tuple[LanguageModel, dict]:
+    """The student right after the weight transfer, calibrated on the first tokens of the training text.
+
+    start and seed are the config's where None.
+    """
     tokens, _ = run.text.slice(0, CALIBRATION_ROWS * CALIBRATION_LENGTH)
     rows = np.asarray(tokens, np.int32).reshape(CALIBRATION_ROWS, CALIBRATION_LENGTH)
-    settings, seed = run.config.student, run.config.seed
-    return transfer.convert(
-        run.teacher,
-        run.teacher_params,
-        attention_layers,
-        settings.position,
-        settings.start,
-        seed,
-        rows,
-        settings.qk_norm,
-    )
+    settings = run.config.student
+    start, seed = start or settings.start, run.config.seed if seed is None else seed
+    layers, qk_norm = attention_layers, settings.qk_norm
+    return transfer.convert(run.teacher, run.teacher_params, layers, settings.position, start, seed, rows, qk_norm)
 
 
 def _scores(run: Run, method: str) -> dict:
@@ -363,7 +385,8 @@ def _train(
     stage: StageConfig = getattr(run.config, name)
     completions = name == "finetune" and run.config.finetune_loss == "completions"
     seed, workers = run.config.seed, run.config.data.workers
-    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions, beside)
+    joined = run.config.data.documents == "joined"
+    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions, beside, joined)
     with timed(run.workdir, name):
         trained, _ = train(
             name=name,

@@ -51,7 +51,9 @@ def pretrain(
             loss_fn=next_token_loss(trained, config.train.token_chunk),
             params=_start(model, config, shardings),
             frozen=None,
-            batches=corpus.stage_batches(text, config.train, 0, config.seed, config.data.workers, mesh),
+            batches=corpus.stage_batches(
+                text, config.train, 0, config.seed, config.data.workers, mesh, joined=config.data.documents == "joined"
+            ),
             stage=config.train,
             directory=path / "train",
             mesh=mesh,

@@ -18,8 +18,9 @@ SELECTION_METHODS = (
     "halo", "jet-nemotron", "kl-ls", "kl-ls-restored", "gate-search", "evenly", "latter-half", "none",
 )  # fmt: skip
 GATE_SEARCH_TRAINS = ("gates", "mixers")
-STARTS = ("official", "calibrated")
+STARTS = ("official", "calibrated", "random-gates", "unit-norms")
 FINETUNE_LOSSES = ("all", "completions")
+DOCUMENTS = ("masked", "joined")
 
 
 def check_choice(name: str, value: str, choices) -> None:
@@ -44,8 +45,10 @@ class DataConfig:
     heldout_share: float = 0.01
     seed: int = 0
     workers: int = 0
+    documents: str = "masked"  # "joined": training reads across their boundaries, as the official code does
 
     def __post_init__(self):
+        check_choice("data.documents", self.documents, DOCUMENTS)
         if not self.sources:
             raise HypenetError("data.sources is empty; name at least one file, folder or built-in source")
         if not 0 < self.heldout_share < 1 and not self.heldout:
@@ -96,6 +99,28 @@ class GateSearchConfig:
         for name in ("gate_lr", "mixer_lr", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise HypenetError(f"gate.{name} is {getattr(self, name)}; it must be a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What stage 2 minimises: (1 - ce_weight) * KL + ce_weight * CE + hidden_weight * H, each a mean over all tokens.
+
+    CE: next-token cross-entropy. H: squared error of the last hidden states over the teacher's squared norm.
+    kl_one_in: n lets only the first of every n rows into the KL, whose sum is still divided by the number of all
+    tokens. The official code did so with its 12 rows of 512 until commit 5438a19 of April 2026: its loop over chunks of
+    512 tokens ended after the first.
+    """
+
+    ce_weight: float = 0.0
+    hidden_weight: float = 0.0
+    kl_one_in: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.ce_weight <= 1:
+            raise HypenetError(f"objective.ce_weight is {self.ce_weight:g}; it must lie between 0 and 1")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise HypenetError(f"objective.hidden_weight is {self.hidden_weight:g}; it must be finite and at least 0")
+        check_positive("objective", self, "kl_one_in")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +177,8 @@ class EvaluateConfig:
     batch_tokens: int = 32768
     prompts: tuple[str, ...] = ()
     new_tokens: int = 128
+    scale_lengths: tuple[int, ...] = ()  # where the student is asked the same needles for every a of scale_grid
+    scale_grid: tuple[float, ...] = ()  # empty: fit_scale.grid
     chat: bool = False  # the prompts are user turns, written by the teacher's chat template
 
     def __post_init__(self):
@@ -164,6 +191,8 @@ class EvaluateConfig:
             )
         if self.tasks and not self.lengths:
             raise HypenetError("evaluate.lengths is empty but evaluate.tasks are not; give lengths, or no tasks")
+        if not all(1 < a < math.inf for a in self.scale_grid):
+            raise HypenetError(f"evaluate.scale_grid is {self.scale_grid}; its values must be above 1 and finite")
         if not all(self.prompts):
             raise HypenetError("evaluate.prompts holds an empty prompt; write a text to continue")
 
@@ -195,6 +224,34 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AblateConfig:
+    """How `hypenet ablate` compares recipes: the size of a cell, which is one variant with one seed.
+
+    align_steps, distill_steps: updates of a cell's two stages. batch_size, seq_len: None takes those of `distill`.
+    measure_every: updates between measurements on held-out text, of heldout_rows rows. needle_lengths: lengths at
+    which a finished cell is asked for `evaluate.samples` needles of `needle_task`.
+    """
+
+    seeds: int = 3
+    align_steps: int = 100
+    distill_steps: int = 300
+    batch_size: int | None = None
+    seq_len: int | None = None
+    measure_every: int = 20
+    heldout_rows: int = 32
+    needle_task: str = "S1"
+    needle_lengths: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check_positive("ablate", self, "align_steps", "distill_steps", "measure_every", "heldout_rows")
+        for name in ("batch_size", "seq_len"):
+            if getattr(self, name) is not None:
+                check_positive("ablate", self, name)
+        if self.seeds < 2:
+            raise HypenetError(f"ablate.seeds is {self.seeds}; an interval needs at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvertConfig:
     """All five steps of HALO and the evaluation."""
 
@@ -204,11 +261,13 @@ class ConvertConfig:
     distill: StageConfig
     finetune: StageConfig
     finetune_loss: str = "all"  # "completions": of conversations only what the assistant says counts
+    objective: ObjectiveConfig = ObjectiveConfig()  # of stage 2
     student: StudentConfig = StudentConfig()
     select: SelectConfig = SelectConfig()
     fit_scale: FitScaleConfig = FitScaleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     compare: CompareConfig = CompareConfig()
+    ablate: AblateConfig = AblateConfig()
     seed: int = 0
     dtype: str = "bfloat16"
     remat: bool = True
@@ -223,6 +282,16 @@ class ConvertConfig:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("exchange", self.exchange, EXCHANGES)
         check_choice("finetune_loss", self.finetune_loss, FINETUNE_LOSSES)
+        if self.objective.kl_one_in > self.distill.batch_size:
+            raise HypenetError(
+                f"objective.kl_one_in is {self.objective.kl_one_in} but distill.batch_size is "
+                f"{self.distill.batch_size}; a batch needs that many rows"
+            )
+        if self.teacher_output != "live" and (self.objective != ObjectiveConfig() or self.data.documents != "masked"):
+            raise HypenetError(
+                f"teacher_output is {self.teacher_output!r}, which knows only the exact KL of masked documents; use "
+                "'live' with another objective or with data.documents"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -32,6 +33,7 @@ def convert(
     "hype" (RoPE in the RNN layers, none in attention), "rope", "nope" or "attention_rope". `start` is "official"
     (random gates, unit output norms) or "calibrated" (gates that are the identity at step 0, and output norms that
     give every channel the teacher's RMS, measured on `calibration_tokens` int32 [B, T], by default random ids).
+    "random-gates" and "unit-norms" are the calibrated start with that one thing as in the official one.
     qk_norm: see `student_of`.
     Raises HypenetError for layers outside the model, an unknown choice, or a teacher that is not all attention.
     """
@@ -47,7 +49,7 @@ def convert(
             "mixer": transfer(teacher_layer["mixer"], student_config, keys[layer], start)
         }
     student = dataclasses.replace(model, config=student_config)
-    if start == "calibrated":
+    if start in ("calibrated", "random-gates"):
         if calibration_tokens is None:
             draw = np.random.default_rng(seed)
             calibration_tokens = draw.integers(0, model.config.vocab_size, (4, 256), dtype=np.int32)
@@ -98,29 +100,33 @@ def calibrate_output_norms(
     if not layers or student.config.lightning is None or not student.config.lightning.output_norm:
         return student_params
 
-    @jax.jit
-    def channel_rms(params, student_params, tokens_BT):
-        found: dict[int, jax.Array] = {}
-
-        def mix(layer, normed_BTD, context):
-            mixer = params[f"layer_{layer}"]["mixer"]
-            if layer in layers:
-                wanted = mixers.attention.heads(mixer, teacher.config, normed_BTD, context)
-                own = student_params[f"layer_{layer}"]["mixer"]
-                raw = mixers.lightning.heads(own, student.config, normed_BTD, context)
-                unit = rms_norm(raw, jnp.ones(raw.shape[-2:]), student.config.norm_eps)
-                found[layer] = _rms(wanted) / jnp.maximum(_rms(unit), 1e-6)
-            return mixers.attention.forward(mixer, teacher.config, normed_BTD, context)
-
-        stack.forward(params, teacher.config, tokens_BT, dtype=jnp.dtype(teacher.dtype), mix=mix)
-        return found
-
-    rms = channel_rms(params, student_params, jnp.asarray(tokens_BT))
+    rms = _channel_rms(teacher, student, params, student_params, jnp.asarray(tokens_BT))
     calibrated = dict(student_params)
     for layer in layers:
         weights = student_params[f"layer_{layer}"]
         calibrated[f"layer_{layer}"] = weights | {"mixer": weights["mixer"] | {"o_norm": rms[layer]}}
     return calibrated
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _channel_rms(
+    teacher: LanguageModel, student: LanguageModel, params: dict, student_params: dict, tokens_BT: jax.Array
+) -> dict[int, jax.Array]:
+    """{Lightning layer: [H, d] the teacher's RMS of each channel over that of the student's normed output}."""
+    found: dict[int, jax.Array] = {}
+
+    def mix(layer, normed_BTD, context):
+        mixer = params[f"layer_{layer}"]["mixer"]
+        if student.config.mixers[layer] == "lightning":
+            wanted = mixers.attention.heads(mixer, teacher.config, normed_BTD, context)
+            own = student_params[f"layer_{layer}"]["mixer"]
+            raw = mixers.lightning.heads(own, student.config, normed_BTD, context)
+            unit = rms_norm(raw, jnp.ones(raw.shape[-2:]), student.config.norm_eps)
+            found[layer] = _rms(wanted) / jnp.maximum(_rms(unit), 1e-6)
+        return mixers.attention.forward(mixer, teacher.config, normed_BTD, context)
+
+    stack.forward(params, teacher.config, tokens_BT, dtype=jnp.dtype(teacher.dtype), mix=mix)
+    return found
 
 
 def _rms(o_BTHD: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ TEMPORARY = ".tmp"
 FREE = (
     "evaluate",
     "compare",
+    "ablate",
     "mesh",
     "rules",
     "teacher_rules",
@@ -58,10 +59,19 @@ def _claim(path: pathlib.Path, config: Any, free: tuple[str, ...]) -> None:
     if held and not (isinstance(before, dict) and isinstance(before.get(DATA), dict)):
         raise HypenetError(f"the work directory {path} holds something else; choose an empty or a new one")
     if before and held - {CONFIG, DATA}:
+        before = _with_defaults(type(config), before)
         changed = configs.differences(before, wanted, free)
         if changed:
             raise HypenetError(f"the work directory {path} belongs to another run: {changed[0]}; choose another")
     _write_json(path / CONFIG, wanted)
+
+
+def _with_defaults(kind: type, before: dict) -> dict:
+    """An earlier version's config with the fields it lacks at their defaults, which is what it ran with."""
+    try:
+        return json.loads(json.dumps(configs.to_mapping(configs.from_mapping(kind, before))))
+    except HypenetError:
+        return before
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -51,8 +51,14 @@ class LanguageModel:
         """float32 [B, T, V]. segment_ids int32 [B, T]: documents packed in a row; negative ids are padding."""
         return self.project(params, self.hidden(params, tokens_BT, segment_ids))
 
-    def hidden(self, params: dict, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """Hidden states after the final norm, [B, T, D] in the compute dtype."""
+    def hidden(
+        self,
+        params: dict,
+        tokens_BT: jax.Array,
+        segment_ids: jax.Array | None = None,
+        hype_a: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in the compute dtype; `hype_a`: see `stack.forward`."""
         return stack.forward(
             params,
             self.config,
@@ -60,6 +66,7 @@ class LanguageModel:
             segment_ids,
             dtype=jnp.dtype(self.dtype),
             remat=self.remat,
+            hype_a=hype_a,
             exchange=self.exchange,
         )
 
@@ -77,10 +84,16 @@ class LanguageModel:
         return stack.init_cache(self.config, batch, max_len, jnp.dtype(self.dtype))
 
     def step(
-        self, params: dict, tokens_BT: jax.Array, cache: dict, valid_BT: jax.Array | None = None
+        self,
+        params: dict,
+        tokens_BT: jax.Array,
+        cache: dict,
+        valid_BT: jax.Array | None = None,
+        hype_a: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Append tokens to the cache; see `stack.step`."""
-        return stack.step(params, self.config, tokens_BT, cache, valid_BT, dtype=jnp.dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype)
+        return stack.step(params, self.config, tokens_BT, cache, valid_BT, dtype=dtype, hype_a=hype_a)
 
     def with_logits_scaling(self, scaling: float | LogitsScaling | None) -> LanguageModel:
         """The same model with HyPE's query scaling s_t = ln(t+a)/ln(a) for a number a, another scaling, or none."""

@@ -83,10 +83,7 @@ def forward(
     if shards > 1:
         tokens_BT, segment_ids_BT = _filled_up(tokens_BT, segment_ids_BT, 2 * shards)
     context = training_context(tokens_BT, segment_ids_BT)
-    if hype_a is not None:
-        context = context._replace(query_scale_BT=hype_scaling(hype_a, context.positions_BT))
-    else:
-        context = context._replace(query_scale_BT=query_scaling(config.logits_scaling, context.positions_BT))
+    context = context._replace(query_scale_BT=_query_scale(config, hype_a, context.positions_BT))
     if shards > 1:
         tokens_BT, positions, ids, scale = to_zigzag((tokens_BT, *context[:3]))
         context = Context(positions, ids, scale, exchange)
@@ -118,11 +115,13 @@ def step(
     valid_BT: jax.Array | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
+    hype_a: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
     """Append T tokens to each row's cached sequence: a chunk of a prompt, or one decoded token.
 
     valid_BT (bool) marks real tokens; the others leave every cache as it was. Returns the hidden states [B, T, D]
-    after the final norm and the new cache. The caller keeps the sequence within the cache's max_len.
+    after the final norm and the new cache. The caller keeps the sequence within the cache's max_len. `hype_a`: see
+    `forward`.
 
     Under a mesh with seq > 1 the cached positions are dealt out over it, and chunks of at least 2 * seq tokens too.
     """
@@ -136,7 +135,7 @@ def step(
     count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32)
     positions_BT = jnp.maximum(cache["length"][:, None] + count_BT - 1, 0)
     ids_BT = jnp.where(valid_BT, 0, -1)
-    context = Context(positions_BT, ids_BT, query_scaling(config.logits_scaling, positions_BT))
+    context = Context(positions_BT, ids_BT, _query_scale(config, hype_a, positions_BT))
     if split:
         tokens_BT, positions, ids, scale = to_zigzag((tokens_BT, *context[:3]))
         context = Context(positions, ids, scale, "auto")
@@ -152,6 +151,12 @@ def step(
     if split:
         hidden = to_natural(hidden)[:, :length]
     return hidden, {"length": cache["length"] + count_BT[:, -1], "layers": tuple(layers)}
+
+
+def _query_scale(config: ModelConfig, hype_a: jax.Array | None, positions_BT: jax.Array) -> jax.Array | None:
+    if hype_a is not None:
+        return hype_scaling(hype_a, positions_BT)
+    return query_scaling(config.logits_scaling, positions_BT)
 
 
 def _filled_up(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, multiple: int):

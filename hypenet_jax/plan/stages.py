@@ -84,7 +84,7 @@ def _training(name: str, config: ConvertConfig, teacher_config: ModelConfig, mes
         axes, shapes = (mixers_of(t, student.config.num_layers) for t in (student.param_axes(), student.param_shapes()))
         loss = alignment_loss(teacher, student)
     elif name == "distill":
-        loss = distillation_loss(teacher, student, stage.token_chunk)
+        loss = distillation_loss(teacher, student, stage.token_chunk, dataclasses.asdict(config.objective))
     else:
         loss = next_token_loss(student, stage.token_chunk)
     state = abstract_state(shapes, stage, param_shardings(axes, shapes, mesh), mesh)

@@ -63,7 +63,7 @@ def train(
       name: the stage's name, for messages.
       loss_fn: (params, frozen, batch) -> (loss, metrics); a scalar and a dict of scalars, both means over
         metrics["count"] items if that is present (see `step.loss_and_gradients`).
-      params: nested dicts of arrays; left untouched. Trained as float32 copies.
+      params: nested dicts of arrays; left untouched. Trained as copies in the dtype `stage.weights`.
       frozen: any tree of arrays (or None) that loss_fn needs and nothing changes. Arrays not on `mesh` are replicated.
       batches: not touched before the first update, except that a resumed run sets its position.
       stage: the numbers.
@@ -77,7 +77,7 @@ def train(
       update: what `step.make_step` gave for this loss, stage and shapes, where several trainings share one compilation.
 
     Returns:
-      (params float32 on the mesh, summary {"name", "step", "resumed_from", "loss", "lr", "tokens", "seconds", ...}: the
+      (params on the mesh, summary {"name", "step", "resumed_from", "loss", "lr", "tokens", "seconds", ...}: the
       metrics of the last step).
 
     Raises:

@@ -37,13 +37,16 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW with the stage's schedule; the moments are float32 as the parameters."""
-    schedule = learning_rate(stage)
+def make_optimizer(stage: StageConfig, schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW; the moments have the dtype of the parameters.
+
+    schedule: the learning rate of update n = 1, 2, ..., which may be traced; None is the stage's.
+    """
+    rate = learning_rate(stage) if schedule is None else schedule
     return optax.chain(
         optax.clip_by_global_norm(stage.clip_norm),
         optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=stage.eps),
         optax.add_decayed_weights(stage.weight_decay, mask=decays) if stage.weight_decay else optax.identity(),
         # Optax counts updates from 0, `learning_rate` from 1.
-        optax.scale_by_learning_rate(lambda count: schedule(count + 1)),
+        optax.scale_by_learning_rate(lambda count: rate(count + 1)),
     )

@@ -8,6 +8,7 @@ import math
 from hypenet_jax.errors import HypenetError
 
 SCHEDULES = ("cosine", "constant", "warmup_stable")
+WEIGHTS = ("float32", "bfloat16")
 
 # Fields that may differ between a checkpoint and the run that resumes from it: they choose what is written, or how the
 # same numbers are computed, not what the stage is.
@@ -24,6 +25,8 @@ class StageConfig:
     log_every, checkpoint_every: in steps. keep: checkpoints kept.
     token_chunk: about how many tokens' logits the loss holds at a time; None chooses by the vocabulary.
     gradient_accumulation: microbatches one update is computed in.
+    weights: what the trained weights and both moments are kept in. "bfloat16" is what the official code does, to
+      compare with: an update below 1/512 of a weight rounds away.
     The defaults are HALO's (arXiv 2601.22156, stages 1 to 3).
 
     Raises:
@@ -47,6 +50,7 @@ class StageConfig:
     keep: int = 2
     token_chunk: int | None = None
     gradient_accumulation: int = 1
+    weights: str = "float32"
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "log_every", "checkpoint_every", "keep"):
@@ -63,6 +67,8 @@ class StageConfig:
             self._check_number(name, "in [0, 1)", lambda value: 0 <= value < 1)
         if self.schedule not in SCHEDULES:
             raise HypenetError(f"schedule is {self.schedule!r}; use one of {', '.join(SCHEDULES)}")
+        if self.weights not in WEIGHTS:
+            raise HypenetError(f"weights is {self.weights!r}; use one of {', '.join(WEIGHTS)}")
         if self.schedule == "cosine" and self.warmup_steps >= self.steps:
             raise HypenetError(
                 f"warmup_steps is {self.warmup_steps} but the stage has {self.steps} steps; the warm-up must be shorter"
@@ -100,6 +106,9 @@ def check_resumable(saved: dict, stage: StageConfig, directory: str) -> None:
       HypenetError: a field differs; the sentence names it and both values.
     """
     current = dataclasses.asdict(stage)
+    # A field that is newer than the checkpoint had its default then.
+    since = {f.name: f.default for f in dataclasses.fields(stage) if f.default is not dataclasses.MISSING}
+    saved = since | saved
     extends = stage.schedule != "cosine" and stage.steps > saved.get("steps", 0)
     free = {*FREE_FIELDS, "steps"} if extends else set(FREE_FIELDS)
     for name, value in current.items():

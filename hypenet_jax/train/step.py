@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ LossFn = Callable[[Any, Any, dict[str, jax.Array]], tuple[jax.Array, dict[str, j
 def abstract_state(params: Any, stage: StageConfig, shardings: Any, mesh: Mesh) -> dict[str, Any]:
     """The training state as jax.ShapeDtypeStruct with shardings: {"params", "opt_state", "step"}.
 
-    Parameters and moments are float32 and share the parameters' shardings; counters are replicated.
+    Parameters and moments have the dtype `stage.weights` and share the parameters' shardings; counters are replicated.
     """
     optimizer = make_optimizer(stage)
     everywhere = replicated(mesh)
@@ -32,7 +33,7 @@ def abstract_state(params: Any, stage: StageConfig, shardings: Any, mesh: Mesh) 
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     masters = jax.tree.map(
-        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding), params, shardings
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, stage.weights, sharding=sharding), params, shardings
     )
     opt_state = optax.tree_map_params(
         optimizer,
@@ -53,7 +54,7 @@ def create_state(params: Any, stage: StageConfig, abstract: dict[str, Any]) -> d
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     masters = jax.tree.map(
-        lambda p, sharding: place(p.astype(jnp.float32), sharding, may_alias=False),
+        lambda p, sharding: place(p.astype(stage.weights), sharding, may_alias=False),
         params,
         shardings["params"],
     )
@@ -95,10 +96,35 @@ def loss_and_gradients(
     parts = jax.tree.map(split, batch)
     names = jax.eval_shape(loss_fn, params, frozen, jax.tree.map(lambda x: x[0], parts))[1].keys()
     zero = jnp.zeros((), jnp.float32)
-    zeros = (zero, (zero, {name: zero for name in names if name != "count"}, jax.tree.map(jnp.zeros_like, params)))
+    sums_of = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = (zero, (zero, {name: zero for name in names if name != "count"}, sums_of))
     (count, sums), _ = jax.lax.scan(add, zeros, parts)
     loss, metrics, gradients = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
     return loss, metrics | ({"count": count} if "count" in names else {}), gradients
+
+
+def update(
+    loss_fn: LossFn,
+    stage: StageConfig,
+    mesh: Mesh,
+    state: dict[str, Any],
+    frozen: Any,
+    batch: dict[str, jax.Array],
+    schedule: optax.Schedule | None = None,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """One update: (state, frozen, batch) -> (state, metrics), to be jitted; see `make_step`, and `make_optimizer`."""
+    schedule = learning_rate(stage) if schedule is None else schedule
+    loss, metrics, gradients = loss_and_gradients(
+        loss_fn, state["params"], frozen, batch, stage.gradient_accumulation, mesh
+    )
+    norm = optax.tree.norm(gradients)
+    gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state["params"])
+    updates, opt_state = make_optimizer(stage, schedule).update(gradients, state["opt_state"], state["params"])
+    step = state["step"] + 1
+    scalars = {**metrics, "loss": loss, "lr": schedule(step), "grad_norm": norm}
+    scalars = {name: jnp.asarray(value, jnp.float32) for name, value in scalars.items()}
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "opt_state": opt_state, "step": step}, scalars
 
 
 def make_step(
@@ -108,22 +134,9 @@ def make_step(
 
     metrics: float32 scalars "loss", "lr" (of this update), "grad_norm" (before clipping), and those of loss_fn.
     """
-    optimizer, schedule = make_optimizer(stage), learning_rate(stage)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    def update(state: dict[str, Any], frozen: Any, batch: dict[str, jax.Array]):
-        loss, metrics, gradients = loss_and_gradients(
-            loss_fn, state["params"], frozen, batch, stage.gradient_accumulation, mesh
-        )
-        updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
-        step = state["step"] + 1
-        scalars = {**metrics, "loss": loss, "lr": schedule(step), "grad_norm": optax.tree.norm(gradients)}
-        scalars = {name: jnp.asarray(value, jnp.float32) for name, value in scalars.items()}
-        params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "opt_state": opt_state, "step": step}, scalars
-
     return jax.jit(
-        update,
+        functools.partial(update, loss_fn, stage, mesh),
         in_shardings=(shardings, None, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=(0,) if donate else (),

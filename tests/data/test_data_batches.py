@@ -208,3 +208,13 @@ def test_document_windows(packed):
     np.testing.assert_array_equal(document_windows([[1, 2], [3, 4, 5], [6, 7, 8, 9]], 2, 9), [[3, 4, 5], [6, 7, 8]])
     with pytest.raises(HypenetError, match="length 0"):
         document_windows(packed, 0, 1)
+
+
+def test_joined_rows_are_one_document(packed):
+    masked, joined = next(stage(packed)), next(stage(packed, joined=True))
+    assert masked["segment_ids"].max() > 0 and not masked["loss_mask"].all()
+    assert not joined["segment_ids"].any() and joined["loss_mask"].all()
+    for name in ("tokens", "targets"):
+        np.testing.assert_array_equal(masked[name], joined[name])
+    with pytest.raises(HypenetError, match="joined"):
+        stage(packed).set_state(stage(packed, joined=True).get_state())

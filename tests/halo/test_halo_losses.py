@@ -6,7 +6,7 @@ import pytest
 
 import hypenet_jax as hn
 from hypenet_jax.halo.align import alignment_loss, mixers_of
-from hypenet_jax.halo.distill import distillation_loss
+from hypenet_jax.halo.distill import EXACT_KL, distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
 
 EPS, THETA = 1e-6, 1e4
@@ -169,6 +169,35 @@ def test_loss_and_gradient(cases, batch, name):
     assert along == pytest.approx(wanted, rel=2e-4)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, f"nothing reaches {jax.tree_util.keystr(path)}"
+
+
+def test_the_terms_of_the_objective(tiny, cases, batch):
+    """Numbers and traced scalars alike, each term a sum over its tokens divided by the number of real tokens."""
+    teacher, params = tiny
+    student, sparams = hn.convert(teacher, params, [0], seed=2)
+    exact, kl = distillation_loss(teacher, student, 8), float(cases["distill"][0](sparams, params, batch)[0])
+    real = batch["segment_ids"] >= 0
+    ce = float(next_token_loss(student, 8)(sparams, None, batch)[0]) * batch["loss_mask"].sum() / real.sum()
+    first = batch | {"segment_ids": np.where(np.arange(2)[:, None] == 0, batch["segment_ids"], -1)}
+    one_in_two = float(exact(sparams, params, first)[0]) * real[0].sum() / real.sum()
+    ids = batch["segment_ids"]
+    t, s = (np.asarray(m.hidden(p, batch["tokens"], ids)) for m, p in ((teacher, params), (student, sparams)))
+    hidden = np.mean((np.sum((s - t) ** 2, -1) / np.sum(t**2, -1))[real])
+    for changes, wanted in (
+        ({}, kl),
+        ({"ce_weight": 0.3}, 0.7 * kl + 0.3 * ce),
+        ({"ce_weight": 1.0}, ce),
+        ({"hidden_weight": 2.0}, kl + 2 * hidden),
+        ({"kl_one_in": 2}, one_in_two),
+        ({"kl_one_in": 2, "ce_weight": 0.5, "hidden_weight": 0.5}, 0.5 * (one_in_two + ce + hidden)),
+    ):
+        objective = EXACT_KL | changes
+        value, metrics = distillation_loss(teacher, student, 8, objective)(sparams, params, batch)
+        assert float(value) == pytest.approx(wanted, rel=1e-5), changes
+        assert metrics["count"] == real.sum()
+        traced = {name: np.asarray(weight) for name, weight in objective.items()}
+        value, metrics = distillation_loss(teacher, student, 8, traced)(sparams, params, batch)
+        assert float(value) == pytest.approx(wanted, rel=1e-5) and metrics.keys() == {"count", "kl", "ce", "hidden"}
 
 
 @pytest.mark.parametrize("name", ["align", "distill"])

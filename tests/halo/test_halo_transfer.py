@@ -153,6 +153,26 @@ def test_the_first_alignment_loss_of_both_starts():
     assert losses["calibrated"] < 0.8 * losses["official"], losses
 
 
+def test_what_of_the_calibrated_start_can_be_left_out(tiny):
+    model, params = tiny
+    made = {
+        start: hn.convert(model, params, [0], start=start, seed=5, calibration_tokens=TOKENS)[1]
+        for start in ("official", "calibrated", "random-gates", "unit-norms")
+    }
+
+    def mixer(start, layer):
+        return made[start][f"layer_{layer}"]["mixer"]
+
+    for layer in range(2):
+        for like, start in (("official", "random-gates"), ("calibrated", "unit-norms")):
+            np.testing.assert_array_equal(mixer(start, layer)["gate"], mixer(like, layer)["gate"])
+        for start in ("calibrated", "random-gates", "unit-norms"):
+            np.testing.assert_array_equal(mixer(start, layer)["o"], 2 * mixer("official", layer)["o"])
+    for like, start in (("official", "unit-norms"), ("calibrated", "random-gates")):
+        np.testing.assert_array_equal(mixer(start, 1)["o_norm"], mixer(like, 1)["o_norm"])
+    assert np.any(mixer("calibrated", 1)["o_norm"] != 1) and not np.any(mixer("calibrated", 0)["gate"])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

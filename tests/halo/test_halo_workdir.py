@@ -103,3 +103,14 @@ def test_a_bucket_is_no_work_directory(tmp_path, monkeypatch):
     with pytest.raises(HypenetError, match="gs://bucket/run, a bucket.*gcsfuse bucket"):
         claim("gs://bucket/run", CONFIG)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, contents):
+    claim(tmp_path, CONFIG)
+    (tmp_path / "align").mkdir()
+    before = read_json(tmp_path / "config.json")
+    del before["objective"], before["ablate"], before["distill"]["weights"], before["data"]["documents"]
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    rounded = dataclasses.replace(CONFIG, distill=dataclasses.replace(STAGE, weights="bfloat16"))
+    refused(tmp_path, rounded, r"distill\.weights was float32 and is bfloat16", contents)
+    claim(tmp_path, CONFIG)

@@ -28,6 +28,7 @@ def test_the_defaults_are_halos():
         ({"warmup_steps": 12}, ["warmup_steps", "12 steps"]),
         ({"gradient_accumulation": 3}, ["batch_size", "gradient_accumulation 3"]),
         ({"keep": True}, ["keep", "True"]),
+        ({"weights": "float16"}, ["weights", "'float16'", "bfloat16"]),
     ],
 )
 def test_mistakes_name_field_and_value(changes, words):
@@ -46,3 +47,10 @@ def test_what_a_resumed_run_may_change():
         check_resumable(saved, make_stage(steps=24), "here")
     constant = dataclasses.asdict(make_stage(schedule="constant"))
     check_resumable(constant, make_stage(schedule="constant", steps=24), "here")
+
+
+def test_a_field_that_is_newer_than_the_checkpoint():
+    saved = {k: v for k, v in dataclasses.asdict(make_stage()).items() if k != "weights"}
+    check_resumable(saved, make_stage(), "here")
+    with pytest.raises(HypenetError, match="weights is 'bfloat16' but the checkpoints in here .* 'float32'"):
+        check_resumable(saved, make_stage(weights="bfloat16"), "here")

@@ -7,7 +7,8 @@ from toy_training import AXES, Stream, init_params, loss_fn, make_stage, one_dev
 
 from hypenet_jax.parallel.mesh import make_mesh
 from hypenet_jax.parallel.rules import param_shardings, replicated
-from hypenet_jax.train.step import abstract_state, create_state, loss_and_gradients, make_step
+from hypenet_jax.train.optim import learning_rate
+from hypenet_jax.train.step import abstract_state, create_state, loss_and_gradients, make_step, update
 
 
 def batch_of(mesh=None):
@@ -76,3 +77,41 @@ def test_the_update_keeps_the_shardings_and_spares_the_callers_arrays():
     jax.tree.map(np.testing.assert_array_equal, params, init_params())
     assert set(metrics) == {"loss", "lr", "grad_norm", "count", "accuracy"}
     assert int(state["step"]) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_and_moments_kept_in_bfloat16(parts):
+    """Small updates round away beside a weight, where float32 weights creep on."""
+    mesh, params, found = one_device(), init_params(), {}
+    for weights in ("float32", "bfloat16"):
+        stage = make_stage(weights=weights, gradient_accumulation=parts, peak_lr=1e-5, schedule="constant")
+        abstract = abstract_state(params, stage, param_shardings(AXES, params, mesh), mesh)
+        state = create_state(params, stage, abstract)
+        step = make_step(loss_fn, stage, abstract, mesh)
+        for _ in range(4):
+            state, metrics = step(state, jnp.float32(0.5), batch_of())
+        for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+            assert leaf.dtype == wanted.dtype
+        adam = state["opt_state"][1]
+        for tree in (state["params"], adam.mu, adam.nu):
+            assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(weights)}
+        found[weights] = state["params"], float(metrics["loss"])
+    assert np.all(np.asarray(found["float32"][0]["final_norm"]) != 1)
+    assert np.all(np.asarray(found["bfloat16"][0]["final_norm"], np.float32) == 1)
+    assert found["bfloat16"][1] == pytest.approx(found["float32"][1], rel=0.02)
+
+
+def test_a_schedule_that_is_an_argument():
+    """The study's way: rates as an array, one program for all, the same update as the stage's own."""
+    mesh, params = one_device(), init_params()
+    stage = make_stage()
+    abstract = abstract_state(params, stage, param_shardings(AXES, params, mesh), mesh)
+    rates = jnp.asarray([learning_rate(stage)(n) for n in range(1, stage.steps + 1)], jnp.float32)
+    given = jax.jit(lambda s, r, b: update(loss_fn, stage, mesh, s, 0.5, b, schedule=lambda n: r[n - 1]))
+    own = make_step(loss_fn, stage, abstract, mesh, donate=False)
+    left = right = create_state(params, stage, abstract)
+    for _ in range(3):
+        left, metrics = given(left, rates, batch_of())
+        right, wanted = own(right, 0.5, batch_of())
+        assert float(metrics["lr"]) == pytest.approx(float(wanted["lr"]), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), left["params"], right["params"])

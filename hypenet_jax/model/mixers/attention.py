@@ -85,7 +85,8 @@ def from_attention(teacher: dict, config: ModelConfig, key: jax.Array, start: st
     """Parameters of this layer out of a teacher's attention layer: everything copied, the gate new.
 
     start "official": a random gate, which halves and scrambles the output. "calibrated": a zero gate, sigmoid(0) = 1/2,
-    with the output projection doubled, so that the gate is the identity at step 0.
+    with the output projection doubled, so that the gate is the identity at step 0. "random-gates": a random gate, whose
+    mean of 1/2 the doubled output projection makes up for. "unit-norms": the calibrated start's gate.
     """
     student = {name: teacher[name] for name in parameters(config) if name in teacher}
     return add_output_gate(student, parameters(config).get("gate"), key, start)
@@ -95,6 +96,6 @@ def add_output_gate(mixer: dict, gate: Parameter | None, key: jax.Array, start: 
     """The mixer with a new output gate of either start; as it is where the gate is switched off (None)."""
     if gate is None:
         return mixer
-    if start == "official":
-        return mixer | {"gate": gate.init(key, gate.shape, jnp.float32)}
-    return mixer | {"gate": jnp.zeros(gate.shape, jnp.float32), "o": 2.0 * mixer["o"]}
+    random = start in ("official", "random-gates")
+    new = gate.init(key, gate.shape, jnp.float32) if random else jnp.zeros(gate.shape, jnp.float32)
+    return mixer | {"gate": new} | ({} if start == "official" else {"o": 2.0 * mixer["o"]})

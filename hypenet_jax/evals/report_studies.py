@@ -1,0 +1,198 @@
+"""The page of a study of recipes: studies/<name>/index.html beside its result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals.report_style import CSS
+
+COLOURS = ("#5a7fa8", "#d55e00", "#009e73", "#a05195", "#e2a72e", "#3b3b3b", "#56b4e9")
+_AXES = {
+    "mse": ("Alignment", "mean squared error"),
+    "kl": ("Distillation: KL from the teacher", "KL (nats per token)"),
+    "nll": ("Distillation: next-token loss", "loss (nats per token)"),
+}
+_STAGE_OF = {"mse": "align", "kl": "distill", "nll": "distill"}
+_MARK = '<meta name="generator" content="hypenet_jax study">'
+
+
+def write_study(directory: str | os.PathLike) -> pathlib.Path:
+    """Write index.html from the directory's result.json; the page's path. It loads nothing from anywhere.
+
+    Raises HypenetError where result.json is missing or broken, or index.html is somebody else's.
+    """
+    source, index = pathlib.Path(directory) / "result.json", pathlib.Path(directory) / "index.html"
+    try:
+        found = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise HypenetError(f"{source} does not read ({error}); run `hypenet ablate` again") from None
+    if index.exists() and _MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise HypenetError(f"{index} is not a page of hypenet_jax; move it away")
+    aside = index.with_name(index.name + ".tmp")
+    aside.write_text(study_page(found), encoding="utf-8")
+    os.replace(aside, index)
+    return index
+
+
+def study_page(found: dict[str, Any]) -> str:
+    """The document, from what `studies.result` returns and what ran it."""
+    title = f"Recipe study: {found['study']}"
+    sections = (_curves(found), _outcome(found), _needles(found), _origin(found))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_MARK}\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f'<header>\n<p class="eyebrow">hypenet_jax · recipe study</p>\n<h1>{escape(title)}</h1>\n'
+        f'<p class="lede">{escape(found["question"])}</p>\n</header>\n' + "\n".join(s for s in sections if s) + "\n"
+        "<footer>Written by hypenet_jax. The numbers behind this page are in result.json beside it.</footer>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _curves(found: dict[str, Any]) -> str:
+    count = len(found["seeds"])
+    about = (
+        f"On held-out text that all variants share, whatever they were trained on: {count} seeds a variant (thin), and "
+        "their mean (bold). A seed chooses the text, its order and random gates; variants of one seed read the same."
+    )
+    caption = "Against all tokens that a run has read, alignment included."
+    return _section("Loss by tokens", f'<p class="about">{about}</p>', _drawn(curves(found), caption))
+
+
+def curves(found: dict[str, Any]) -> str:
+    """An SVG of a panel for every measure that was taken: all seeds thin, their mean bold, a colour a variant."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from hypenet_jax.evals.report_axes import STYLE, plain_log_ticks, short, svg
+
+    measures = [m for m in _AXES if any(cell[_STAGE_OF[m]] for cell in found["cells"])]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.75 * len(measures) if len(measures) > 1 else 6, 3.7), layout="constrained")
+        panels = figure.subplots(1, len(measures), squeeze=False)[0]
+        for axes, measure in zip(panels, measures, strict=True):
+            drawn = _panel(axes, found, measure)
+            axes.set_title(_AXES[measure][0])
+            axes.set_xlabel("tokens")
+            axes.set_ylabel(_AXES[measure][1])
+            axes.xaxis.set_major_formatter(lambda x, _: short(x))
+            if drawn and min(drawn) > 0 and max(drawn) > 3 * min(drawn):
+                axes.set_yscale("log")
+                plain_log_ticks(axes.yaxis)
+        handles, labels = panels[-1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        return svg(figure, "study-curves")
+
+
+def _panel(axes: Any, found: dict[str, Any], measure: str) -> list[float]:
+    """Draws a measure; the values drawn."""
+    drawn: list[float] = []
+    for colour, variant in zip(COLOURS, found["variants"], strict=False):
+        lines = []
+        for cell in found["cells"]:
+            if cell["settings"]["variant"]["name"] == variant["name"]:
+                points = [(p["tokens"], p[measure]) for p in cell[_STAGE_OF[measure]] if p[measure] is not None]
+                if points:
+                    lines.append(np.asarray(points, float))
+        for line in lines:
+            axes.plot(*line.T, color=colour, lw=0.6, alpha=0.55)
+            drawn += list(line[:, 1])
+        if lines and len({len(line) for line in lines}) == 1:
+            axes.plot(lines[0][:, 0], np.mean([line[:, 1] for line in lines], axis=0), color=colour, lw=1.9)
+        # In the legend, also where the variant has no curve in this panel.
+        axes.plot([], [], color=colour, lw=1.9, label=variant["label"])
+    return drawn
+
+
+def _outcome(found: dict[str, Any]) -> str:
+    labels = {v["name"]: v["label"] for v in found["variants"]}
+    measures = [m for m in _AXES if any(m in row["final"] for row in found["summary"])]
+    head = ["Variant", *(f"{m.upper()} at the end" for m in measures)]
+    head += [f"{m.upper()}: difference" for m in measures]
+    head += [f"tokens to equal {m.upper()}" for m in measures if m != "nll"]
+    rows = []
+    for variant, row in zip(found["variants"], found["summary"], strict=True):
+        beside = f"<small>against {escape(labels[variant['against']])}</small>" if variant["against"] else ""
+        note = f"<small>{row['diverged']} of {row['seeds']} not finite</small>" if row["diverged"] else ""
+        cells = [_estimate(row["final"].get(m), "{:.4f}") for m in measures]
+        cells += [_estimate(row["difference"].get(m), "{:+.4f}") for m in measures]
+        cells += [_estimate(row["tokens"].get(m), "{:.2f}×") for m in measures if m != "nll"]
+        rows.append([f"{escape(variant['label'])}{beside}{note}", *cells])
+    about = (
+        f"Means over {len(found['seeds'])} seeds with 95% intervals by Student's t. Differences and token ratios are "
+        "taken seed by seed from the variant named below each; a ratio above 1 means that many times its tokens to the "
+        "loss that both reach. An interval that contains 0 (or 1×) shows no difference at this size."
+    )
+    return _section("Outcome", f'<p class="about">{about}</p>', _table(head, rows))
+
+
+def _needles(found: dict[str, Any]) -> str:
+    columns = sorted({(n["task"], n["length"]) for row in found["summary"] for n in row["needles"]})
+    if not columns:
+        return ""
+    rows = []
+    for variant, row in zip(found["variants"], found["summary"], strict=True):
+        by_column = {(n["task"], n["length"]): n for n in row["needles"]}
+        cells = []
+        for column in columns:
+            n = by_column.get(column)
+            if n is None:
+                cells.append("–")
+                continue
+            counts = f"<small>{n['correct']}/{n['total']}, {n['low']:.0%} to {n['high']:.0%}</small>"
+            cells.append(f"{n['correct'] / n['total']:.0%}{counts}")
+        rows.append([escape(variant["label"]), *cells])
+    about = "Asked of every finished cell, without scaling; seeds together, with Wilson's 95% intervals."
+    head = ["Variant", *(f"{task} at {length:,}" for task, length in columns)]
+    return _section("Needles", f'<p class="about">{about}</p>', _table(head, rows))
+
+
+def _origin(found: dict[str, Any]) -> str:
+    settings = (found["config"] or {}).get("ablate") or {}
+    facts = {
+        "Device": found["device"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        "Seeds": ", ".join(map(str, found["seeds"])),
+        "Wall time of all cells": f"{found['seconds']:,.0f} s",
+        "Teacher": (found["config"] or {}).get("teacher", "–"),
+        "Layers that keep attention": ", ".join(map(str, found["layers"])) or "none",
+        "Cells": ", ".join(f"{name} {value}" for name, value in settings.items()),
+    }
+    body = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    config = escape(json.dumps(found["config"], indent=1, ensure_ascii=False))
+    return _section(
+        "How this was made",
+        f"<pre>{escape(found['command'])}</pre>",
+        f'<table class="facts"><tbody>{body}</tbody></table>',
+        f"<details><summary>The whole config</summary><pre>{config}</pre></details>",
+    )
+
+
+def _estimate(found: dict[str, float | None] | None, form: str) -> str:
+    if found is None:
+        return "–"
+    if found["low"] is None:
+        return form.format(found["mean"])
+    return f"{form.format(found['mean'])}<small>{form.format(found['low'])} to {form.format(found['high'])}</small>"
+
+
+def _section(heading: str, *parts: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{''.join(parts)}\n</section>"
+
+
+def _drawn(drawing: str, caption: str) -> str:
+    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
