@@ -26,10 +26,10 @@ Why the numbers differ from the paper's (arXiv 2601.22156: 320M, 1B and 1B token
 step; peak rates 1e-3, 1e-4, 1e-5):
 
 - One in 28 of its tokens: 25 minutes, and a corpus of 41M tokens. So the start is calibrated (random gates take tokens
-  to recover from), batches are smaller (more updates), and rates higher, as a model a thirteenth of the size allows.
+  to recover from), batches are smaller (more updates), and rates higher, as a model of a thirteenth of the size allows.
 - Stage 3's rate is 20 times the paper's: 560 updates instead of 500, but of a sixty-fourth of the tokens each.
 - SmolLM2 has no QK-norm. Its Lightning layers get one (`student.qk_norm`): the paper's ablation loses most of its
-  recall without (79.9 to 17.3), and one norm of the output over all heads lets one of large queries drown the others.
+  recall without (79.9 to 17.3), and one norm of the output over all heads lets loud queries of one drown the others.
 - Retrieval pages are mixed in, since needles are what few tokens of prose teach last. None has RULER's needle, its
   question or its answer prefix (`styles` leaves out "ruler" and "needles"): those are met first in the evaluation. Its
   noise lines do occur, in "sentences". Prose around the facts is of the training files.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import statistics
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -183,6 +184,8 @@ def _training(found: dict[str, Any]) -> str:
         facts = [f"loss {last['loss']:.4g} at step {last['step']:,}" if last.get("loss") is not None else ""]
         facts += [f"{short(last['tokens'])} tokens" if last.get("tokens") else ""]
         facts += [_clock(last["seconds"]) if last.get("seconds") else ""]
+        rates = [record["tokens_per_second"] for record in records[1:] if record.get("tokens_per_second")]
+        facts += [f"{short(statistics.median(rates))} tokens/s" if rates else ""]
         caption = f"{unit}: {', '.join(f for f in facts if f)}."
         cells.append(f"<div><h3>{name}</h3><figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure></div>")
     return _section("Training", f'<div class="columns">{"".join(cells)}</div>')

@@ -63,6 +63,9 @@ def provenance(found: dict[str, Any]) -> str:
         rows.append(["Versions", escape(", ".join(f"{k} {v}" for k, v in versions.items()))])
     seconds = {step: t for step, t in (run.get("seconds") or {}).items() if t is not None}
     rows += [[f"Wall time, {escape(step)}", clock(t)] for step, t in seconds.items()]
+    rows += [["Wall time, together", clock(sum(seconds.values()))]] if seconds else []
+    seed = (found["config"] or {}).get("seed")
+    rows += [["Seed", str(seed)]] if seed is not None else []
     if rows:
         body = "".join(f"<tr><td>{left}</td><td>{right}</td></tr>" for left, right in rows)
         parts.append(f'<table class="facts"><tbody>{body}</tbody></table>')

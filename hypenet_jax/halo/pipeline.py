@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import time
 from collections.abc import Sequence
 
 import jax
@@ -29,7 +30,7 @@ from hypenet_jax.halo.gate_search import GateSearch
 from hypenet_jax.halo.probes import probes
 from hypenet_jax.halo.scale_needles import scale_needles
 from hypenet_jax.halo.settings import ConvertConfig
-from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
+from hypenet_jax.halo.workdir import DATA, add_seconds, claim, read_json, timed, write_json
 from hypenet_jax.hub.card import CARD, replace_card
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
@@ -62,6 +63,7 @@ class Run:
     heldout: PackedTokens
     reporter: ReporterLike
     command: str | None = None  # what does the whole run again, for the model card
+    seconds: float = 0.0  # what opening took
 
     @property
     def tokenizer(self):
@@ -78,6 +80,7 @@ def open_run(
     config: ConvertConfig, workdir: str | os.PathLike, reporter: ReporterLike, command: str | None = None
 ) -> Run:
     """Check everything that can be wrong before any work: mesh, teacher, directory, text."""
+    start = time.monotonic()
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
     teacher, params = hub.load(config.teacher)
@@ -91,13 +94,15 @@ def open_run(
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / DATA, reporter.message)
     precheck.check_text(config, teacher.tokenizer, text, heldout)
-    return Run(config, path, mesh, teacher, params, text, heldout, reporter, command)
+    opened = time.monotonic() - start
+    return Run(config, path, mesh, teacher, params, text, heldout, reporter, command, opened)
 
 
 def run_all(run: Run) -> pathlib.Path:
     """Every step of HALO in order, the evaluation and the report; finished steps are taken as they are."""
     if run.config.teacher_output != LIVE:
         read_output(run.config.teacher_output)
+    add_seconds(run.workdir, "start", run.seconds)
     align(run)
     select_layers(run)
     distill(run)
@@ -221,7 +226,8 @@ def export(run: Run) -> pathlib.Path:
     """The student with its fitted scaling and its model card as a Hugging Face directory, W/export."""
     student, params = finished_student(run)
     directory = run.workdir / EXPORT
-    hub.save(student, params, directory, EXPORT_DTYPE, card=_card(run, student))
+    with timed(run.workdir, "export"):
+        hub.save(student, params, directory, EXPORT_DTYPE, card=_card(run, student))
     run.reporter.message(f"export  {directory}")
     return directory
 

@@ -101,8 +101,20 @@ def read_json(path: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def timed(workdir: pathlib.Path, step: str) -> Iterator[None]:
-    """Add the seconds that the body takes to run.json, with the command, versions and device that ran it."""
-    path, start = workdir / "run.json", time.monotonic()
+    """Add the seconds that the body takes to run.json; see `add_seconds`."""
+    start = time.monotonic()
+    try:
+        yield
+    except SystemExit:
+        # Stopped and saved: what it took counts, as the step goes on from there.
+        add_seconds(workdir, step, time.monotonic() - start)
+        raise
+    add_seconds(workdir, step, time.monotonic() - start)
+
+
+def add_seconds(workdir: pathlib.Path, step: str, seconds: float) -> None:
+    """Add seconds to a step's in run.json, with the command, versions and device that ran it."""
+    path = workdir / "run.json"
 
     def add() -> None:
         run = read_json(path) if path.is_file() else {"seconds": {}}
@@ -110,13 +122,7 @@ def timed(workdir: pathlib.Path, step: str) -> Iterator[None]:
         run["versions"] = versions()
         run["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         run["processes"] = jax.process_count()
-        run["seconds"][step] = round(run["seconds"].get(step, 0.0) + time.monotonic() - start, 1)
+        run["seconds"][step] = round(run["seconds"].get(step, 0.0) + seconds, 1)
         _write_json(path, run)
 
-    try:
-        yield
-    except SystemExit:
-        # Stopped and saved: what it took counts, as the step goes on from there.
-        first(add)
-        raise
     first(add)

@@ -36,7 +36,10 @@ def write(directory, name, value):
 
 
 def metrics(steps, torn=False):
-    lines = [json.dumps({"step": s, "loss": 3 / s, "tokens": 64 * s, "seconds": 0.5 * s}) for s in range(1, steps + 1)]
+    lines = [
+        json.dumps({"step": s, "loss": 3 / s, "tokens": 64 * s, "seconds": 0.5 * s, "tokens_per_second": 125_000})
+        for s in range(1, steps + 1)
+    ]
     return "\n".join(lines) + ('\n{"step": 99, "lo' if torn else "\n")
 
 
@@ -73,7 +76,11 @@ def workdir(tmp_path):
         "mixer_types": ["lightning-attn", "attn"] + ["lightning-attn"] * 2,
     }
     write(directory, "export/config.json", export)
-    write(directory, "run.json", {"command": "hypenet convert", "device": "1 x cpu", "seconds": {"align": 3661}})
+    write(
+        directory,
+        "run.json",
+        {"command": "hypenet convert", "device": "1 x cpu", "seconds": {"align": 3661, "distill": 3599}},
+    )
     return directory
 
 
@@ -125,7 +132,19 @@ def test_a_whole_work_directory_is_shown(workdir):
     text = check_page(path)
     assert figures(text) == FIGURES
     assert [h for h in re.findall("<h2>(.*?)</h2>", text) if h in SECTIONS] == SECTIONS
-    for fact in ("Tiny-1B → HypeNet", "1 of 4 layers", "13.250", "20.125", "hypenet convert", "1 h 01 min", "a = 210"):
+    made = text[text.index("How this was made") :]
+    for fact in ("1 x cpu", "Wall time, align", "1 h 01 min", "together</td><td>2 h 01 min", "Seed</td><td>3<"):
+        assert fact in made
+    for fact in (
+        "125K tokens/s",
+        "Tiny-1B → HypeNet",
+        "1 of 4 layers",
+        "13.250",
+        "20.125",
+        "hypenet convert",
+        "1 h 01 min",
+        "a = 210",
+    ):
         assert fact in text
     assert "Once &lt;upon&gt;" in text and "a &amp; time" in text and "<upon>" not in text
     assert "not measured" not in text.lower().replace("hatched: not measured", "")
