@@ -20,8 +20,8 @@ from hypenet_jax.plan.machines import Machine, compiler_options
 from hypenet_jax.plan.stages import Work
 from hypenet_jax.plan.traffic import memory_traffic
 
-# XLA's effort at run time. For TPUs, QUICK compiles the same program, divided and laid out alike, without the search for
-# a better schedule, several times faster. For GPUs there is no difference, save where memory is short
+# XLA's effort at run time. For TPUs, QUICK compiles the same program, divided and laid out alike, without the search
+# for a better schedule, several times faster. For GPUs there is no difference, save where memory is short
 # (`machines.compiler_options`). By JAX's name of it: `EFFORT` up to 0.10, later `LEVEL`.
 QUICK, FULL = -1.0, 0.0
 EFFORT, LEVEL = "jax_exec_time_optimization_effort", "jax_optimization_level"

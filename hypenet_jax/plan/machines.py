@@ -157,8 +157,8 @@ def open_devices(machine: Machine) -> list[Any]:
 def compiler_options(machine: Machine, quick: bool) -> dict[str, str]:
     """XLA's options for that machine.
 
-    For a GPU: where ptxas lies, which its compiler calls, if `make aot` installed it. A program of an absent GPU may take
-    80% of its memory times a "slop factor", set here so that GPU_SHARE comes of it. Beyond that XLA looks for
+    For a GPU: where ptxas lies, which its compiler calls, if `make aot` installed it. A program of an absent GPU may
+    take 80% of its memory times a "slop factor", set here so that GPU_SHARE comes of it. Beyond that XLA looks for
     what could be made twice, for many minutes; `quick` leaves that out, so that what is short is short before it.
     """
     if machine.platform != "gpu":

@@ -67,7 +67,7 @@ def test_four_layers_of_distillation_on_h100x8(tmp_path):
 
 @compiled
 def test_what_does_not_fit_a_gpu_is_said_with_what_to_change(tmp_path):
-    words = ["--topology", "h100x1", "--stages", "train", "--set", "train.batch_size=4096"]
+    words = ["--topology", "h100x1", "--stages", "train", "--set", "train.batch_size=5120"]
     done = run("--config", str(write_pretraining(tmp_path)), *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "train: does not fit, by" in done.stdout and "of 79.10 GiB" in done.stdout
