@@ -242,11 +242,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.config import load_config
     from hypenet_jax.plan.compile import FULL, QUICK
     from hypenet_jax.plan.planning import plan
 
     plan(
-        _conversion(arguments),
+        load_config(arguments.config, arguments.set),
         [name for names in arguments.topology for name in names.split(",")],
         arguments.mesh,
         arguments.stages,

@@ -184,15 +184,20 @@ def _add_planning(plan: argparse.ArgumentParser, scaling: argparse.ArgumentParse
         action="append",
         required=True,
         metavar="MACHINE",
-        help="v5e-16, v5p-64, v6e-64, cpu8, ... or several",
+        help="v5e-16, v5p-64, v6e-64, h100x8, cpu8, ... or several",
     )
     plan.add_argument("--mesh", action="append", default=[], metavar="AXIS=SIZE,...", help="again for a sweep")
-    stages = ("align", "distill", "finetune", "prefill", "decode")
-    plan.add_argument("--stages", nargs="+", choices=stages, default=stages, help="some of the stages")
+    training = ("align", "distill", "finetune")
+    plan.add_argument(
+        "--stages",
+        nargs="+",
+        choices=(*training, "train", "prefill", "decode"),
+        help="some of the stages; train is the one of a config for training from scratch",
+    )
     plan.add_argument("--full", action="store_true", help="compile as the run will: several times slower")
     scaling.add_argument("--meshes", nargs="+", required=True, metavar="AXIS=SIZE,...", help="the smallest first")
     scaling.add_argument("--steps", type=int, default=10, help="measured steps on each mesh")
-    scaling.add_argument("--stage", choices=stages[:3], default="distill")
+    scaling.add_argument("--stage", choices=training, default="distill")
     scaling.add_argument("--weak", action="store_true", help="as many rows a device on every mesh, not in all")
     for command in (plan, scaling):
         command.add_argument("--json", metavar="FILE", help="write the figures there as well")

@@ -16,12 +16,15 @@ from jax.sharding import Mesh
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.plan.collectives import Collective, collectives
 from hypenet_jax.plan.hlo import Program
+from hypenet_jax.plan.machines import Machine, compiler_options
 from hypenet_jax.plan.stages import Work
 from hypenet_jax.plan.traffic import memory_traffic
 
-# XLA's effort at run time, JAX's `exec_time_optimization_effort`: -1 compiles the same program, divided and laid out
-# alike, without the search for a better schedule, several times faster.
+# XLA's effort at run time. For TPUs, QUICK compiles the same program, divided and laid out alike, without the search
+# for a better schedule, several times faster. For GPUs there is no difference, save where memory is short
+# (`machines.compiler_options`). By JAX's name of it: `EFFORT` up to 0.10, later `LEVEL`.
 QUICK, FULL = -1.0, 0.0
+EFFORT, LEVEL = "jax_exec_time_optimization_effort", "jax_optimization_level"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Compiled:
     """What a compiled step is, per device; bytes.
 
     parts: of the arguments, by name. temporaries: activations, gathered weights, gradients. code: the program itself.
-    short: by how much it does not fit, 0 where it fits; then nothing else is known but the parts. traffic: bytes read
-    and written in main memory. seconds: of tracing and compiling.
+    short: by how much it does not fit, 0 where it fits; else a TPU's compiler says nothing else but the parts. traffic:
+    bytes read and written in main memory; apart: those of them that no matrix product moves. seconds: of tracing and
+    compiling.
     """
 
     parts: dict[str, float]
@@ -38,6 +42,7 @@ class Compiled:
     code: float = 0.0
     short: float = 0.0
     traffic: float = 0.0
+    apart: float = 0.0
     collectives: tuple[Collective, ...] = ()
     largest: tuple[tuple[str, float], ...] = ()
     seconds: float = 0.0
@@ -47,13 +52,17 @@ class Compiled:
         return sum(self.parts.values()) + self.temporaries + self.code
 
 
-def compile_work(work: Work, mesh: Mesh, effort: float = QUICK) -> Compiled:
-    """Compile a step for the devices of its mesh; a program that is too large for them is a result, not an error."""
+def compile_work(work: Work, mesh: Mesh, effort: float = QUICK, machine: Machine | None = None) -> Compiled:
+    """Compile a step for the devices of its mesh; a program that is too large for them is a result, not an error.
+
+    `machine`: whose devices they are, for what its compiler does not know by itself.
+    """
     parts = {name: held(tree) for name, tree in work.parts.items() if tree is not None}
     start = time.monotonic()
     try:
         with _effort(effort), jax.set_mesh(mesh):
-            compiled = work.step.lower(*work.arguments).compile()
+            lowered = work.step.lower(*work.arguments)
+            compiled = lowered.compile(compiler_options(machine, effort == QUICK) if machine else None)
     except jax.errors.JaxRuntimeError as error:
         short = _too_large(str(error), sum(parts.values()))
         if short is None:
@@ -65,11 +74,16 @@ def compile_work(work: Work, mesh: Mesh, effort: float = QUICK) -> Compiled:
     # What the compiler adds to the arguments: padding, and results that take no argument's place.
     beside = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     beside = max(0.0, beside - sum(parts.values()))
+    usable = machine.usable if machine else None
+    total = sum(parts.values()) + beside + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    traffic, apart = memory_traffic(program)
     return Compiled(
         parts=parts,
+        short=max(0.0, total - usable) if usable else 0.0,
         temporaries=memory.temp_size_in_bytes + beside,
         code=memory.generated_code_size_in_bytes,
-        traffic=memory_traffic(program),
+        traffic=traffic,
+        apart=apart,
         collectives=tuple(collectives(program, dict(mesh.shape))),
         largest=_largest(program),
         seconds=seconds,
@@ -112,13 +126,16 @@ def _too_large(message: str, arguments: float) -> float | None:
 
 @contextlib.contextmanager
 def _effort(effort: float) -> Iterator[None]:
-    before = jax.config.jax_exec_time_optimization_effort  # type: ignore[attr-defined]
-    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_exec_time_optimization_effort", effort)
+    wanted: dict[str, Any] = (
+        {EFFORT: effort} if hasattr(jax.config, EFFORT) else {LEVEL: "O0" if effort == QUICK else "UNKNOWN"}
+    )
     # A program for an absent machine cannot be put into the cache of this one.
-    jax.config.update("jax_enable_compilation_cache", False)
+    wanted["jax_enable_compilation_cache"] = False
+    before = {name: getattr(jax.config, name) for name in wanted}
     try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
         yield
     finally:
-        jax.config.update("jax_exec_time_optimization_effort", before)
-        jax.config.update("jax_enable_compilation_cache", cached)
+        for name, value in before.items():
+            jax.config.update(name, getattr(value, "name", value))

@@ -2,7 +2,8 @@
 
 TPU figures are of the pages "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation; what the compiler lets a
 program use is from its own message when a program is too large (libtpu 0.0.42). GPU figures are of NVIDIA's data
-sheets of the H100 SXM and H200 SXM.
+sheets of the H100 SXM and H200 SXM (NVLink: 900 GB/s, half of it in each direction) and of the DGX H100 and H200 (one
+400 Gbit/s port of the network between hosts a GPU); a GPU's memory is what CUDA reports.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ APART = pathlib.Path(sys.prefix) / "aot"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip. memory: GiB that a program may use (None: not stated). flops: dense bfloat16, a second. memory_rate,
+    """One chip. memory: GiB that it has for programs (None: not stated). flops: dense bfloat16, a second. memory_rate,
     link_rate, dcn_rate: bytes a second; link_rate is of one port in one direction, and a torus axis has two ports."""
 
     memory: float | None
@@ -41,15 +42,28 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A machine by its preset's name: its chip, how many, and the topology as its compiler names it."""
+    """A machine by its preset's name: its chip, how many, the topology as `open_topology` names it, and its hosts where
+    a slower network than that of the chips joins them."""
 
     name: str
     chip: Chip
     chips: int
     platform: str  # "tpu", "gpu" or "cpu"
     topology: str
+    hosts: int = 1
+
+    @property
+    def usable(self) -> float | None:
+        """Bytes of a chip that a compiled program may take, where its compiler does not refuse what is too large."""
+        return GPU_SHARE * self.chip.memory * GIB if self.platform == "gpu" and self.chip.memory else None
 
 
+# A GPU's memory also holds CUDA's context, the programs, NCCL's buffers and cuBLAS's workspace, none of which the
+# compiler counts. JAX takes DEFAULT_SHARE of it unless SHARE_VARIABLE gives it more.
+GPU_SHARE, DEFAULT_SHARE = 0.95, 0.75
+SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# GPUs of one host, which NVLink joins.
+GPUS_A_HOST, MOST_HOSTS = 8, 128
 V5E = Chip(15.75, 197e12, 819e9, 50e9, 3.125e9)
 V5P = Chip(95.74, 459e12, 2765e9, 100e9, 6.25e9)
 V6E = Chip(31.25, 918e12, 1640e9, 100e9, 12.5e9)
@@ -85,7 +99,8 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def machine(name: str) -> Machine:
-    """The machine of this name: "v5e-16", "v5p-64" (cores, two a chip), "v6e-64", "h100x8", "h200x2", "cpu8", ...
+    """The machine of this name: "v5e-16", "v5p-64" (cores, two a chip), "v6e-64", "h100x8", "h200x16" (two hosts of
+    eight), "cpu8", ...
 
     Raises:
       HypenetError: a name that stands for no machine we know.
@@ -95,8 +110,11 @@ def machine(name: str) -> Machine:
         if count in _SHAPES[kind]:
             prefix = "v5" if kind == "v5p" else kind
             return Machine(name, TPUS[kind], count, "tpu", f"{prefix}:{_SHAPES[kind][count]}")
-    elif match := re.fullmatch(r"(h100|h200)x([1248])", name):
-        return Machine(name, _GPUS[match[1]], int(match[2]), "gpu", match[1])
+    elif match := re.fullmatch(r"(h100|h200)x(\d+)", name):
+        count = int(match[2])
+        hosts = max(1, count // GPUS_A_HOST)
+        if count in (1, 2, 4, hosts * GPUS_A_HOST) and hosts <= MOST_HOSTS:
+            return Machine(name, _GPUS[match[1]], count, "gpu", f"{match[1]}:{hosts}x{count // hosts}", hosts)
     elif (match := re.fullmatch(r"cpu(\d+)", name)) and int(match[1]) in range(1, 65):
         return Machine(name, CPU, int(match[1]), "cpu", "")
     raise HypenetError(f"topology {name!r} is no machine we know; give one like {', '.join(PRESETS)}")
@@ -132,16 +150,29 @@ def open_devices(machine: Machine) -> list[Any]:
         raise HypenetError(
             f"{machine.name} needs the {kind} compiler {package}, which is not installed; run `make aot`"
         )
-    if machine.platform == "gpu":
-        raise HypenetError(
-            f"{machine.name} cannot be planned: only one GPU can be compiled for unseen; run `hypenet scaling` there"
-        )
-    with _quiet():
+    with quiet():
         return open_topology(machine.topology)
 
 
-class _quiet:
-    """libtpu looks for the metadata service of a TPU host and complains on the terminal that there is none."""
+def compiler_options(machine: Machine, quick: bool) -> dict[str, str]:
+    """XLA's options for that machine.
+
+    For a GPU: where ptxas lies, which its compiler calls, if `make aot` installed it. A program of an absent GPU may
+    take 80% of its memory times a "slop factor", set here so that GPU_SHARE comes of it. Beyond that XLA looks for
+    what could be made twice, for many minutes; `quick` leaves that out, so that what is short is short before it.
+    """
+    if machine.platform != "gpu":
+        return {}
+    options = {"xla_gpu_memory_limit_slop_factor": f"{100 * GPU_SHARE / 0.8:.0f}"}
+    if quick:
+        options["xla_disable_hlo_passes"] = "rematerialization"
+    cuda = APART / "nvidia/cu13"
+    return options | ({"xla_gpu_cuda_data_dir": str(cuda)} if cuda.is_dir() else {})
+
+
+class quiet:
+    """Nothing on standard error: libtpu complains that there is no metadata service of a TPU host, CUDA's plugin that
+    there is no driver."""
 
     def __enter__(self) -> None:
         sys.stderr.flush()

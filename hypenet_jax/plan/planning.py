@@ -10,25 +10,34 @@ from typing import Any
 import jax
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.settings import ConvertConfig
+from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
 from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
-from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.parallel.mesh import SLICES, make_mesh
 from hypenet_jax.parallel.presets import PRESETS
 from hypenet_jax.plan.compile import QUICK, Compiled, compile_work
-from hypenet_jax.plan.machines import GIB, Machine, machine, open_devices, use_cpu
+from hypenet_jax.plan.machines import (
+    DEFAULT_SHARE,
+    GIB,
+    GPU_SHARE,
+    SHARE_VARIABLE,
+    Machine,
+    machine,
+    open_devices,
+    use_cpu,
+)
 from hypenet_jax.plan.remedies import remedy
 from hypenet_jax.plan.roofline import roofline
-from hypenet_jax.plan.stages import STAGES, Work, work_of
+from hypenet_jax.plan.stages import Work, stages_of, work_of
 from hypenet_jax.plan.table import describe, overview
 
 
 def plan(
-    config: ConvertConfig,
+    config: ConvertConfig | PretrainConfig,
     topologies: Sequence[str],
     meshes: Sequence[str] = (),
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     *,
     effort: float = QUICK,
     json_file: str | None = None,
@@ -38,11 +47,12 @@ def plan(
     """Compile, print as it goes, and return one record a stage, mesh and machine.
 
     Args:
-      config: of a conversion; its teacher may be a directory with a config.json alone, or a published name.
+      config: of a conversion, whose teacher may be a directory with a config.json alone or a published name; or of
+        training from scratch.
       topologies: machines by name, see `machines.machine`.
       meshes: "fsdp=16,tensor=4", each tried on every machine; none takes the config's mesh where it multiplies to the
         machine's chips, else the machine's preset.
-      stages: of `stages.STAGES`.
+      stages: of `stages.stages_of`; None takes all of them.
       effort: `compile.QUICK`, or `compile.FULL` to compile as the run will.
       json_file, directory: where the records, and the table with the plot, are written; None writes none.
 
@@ -50,7 +60,7 @@ def plan(
       HypenetError: an unknown machine, a mesh that does not multiply to its chips, a missing compiler, a teacher whose
         sizes are not known, or batches that do not divide.
     """
-    teacher = config_of(config.teacher)
+    teacher = config_of(config.teacher) if isinstance(config, ConvertConfig) else None
     machines = [machine(name) for name in topologies]
     use_cpu(max((m.chips for m in machines if m.platform == "cpu"), default=1))
     records = []
@@ -60,7 +70,7 @@ def plan(
         for axes in [parsed_mesh(text) for text in meshes] or [_default_mesh(config, one)]:
             mesh = make_mesh(axes, devices)
             say(f"{one.name}, {one.chips} chips, mesh {written(axes)}")
-            for stage in stages:
+            for stage in stages or stages_of(config):
                 records.append(_record(stage, here, teacher, one, mesh, axes, effort, say))
                 say(describe(records[-1]))
     if len(records) > 1:
@@ -76,20 +86,20 @@ def plan(
 
 def _record(
     stage: str,
-    config: ConvertConfig,
-    teacher: ModelConfig,
+    config: ConvertConfig | PretrainConfig,
+    teacher: ModelConfig | None,
     one: Machine,
     mesh: jax.sharding.Mesh,
     axes: dict[str, int],
     effort: float,
     say: Callable[[str], Any],
 ) -> dict[str, Any]:
-    def compile_with(config: ConvertConfig, axes: dict[str, int]) -> Compiled:
+    def compile_with(config: ConvertConfig | PretrainConfig, axes: dict[str, int]) -> Compiled:
         other = make_mesh(axes, list(mesh.devices.flat))
-        return compile_work(work_of(stage, config, teacher, other), other, effort)
+        return compile_work(work_of(stage, config, teacher, other), other, effort, one)
 
     work = work_of(stage, config, teacher, mesh)
-    compiled = compile_work(work, mesh, effort)
+    compiled = compile_work(work, mesh, effort, one)
     record = _numbers(work, compiled, one, mesh, axes)
     if compiled.short:
         record["remedy"] = remedy(stage, config, axes, compile_with, say)
@@ -116,17 +126,21 @@ def _numbers(
     }
     if compiled.short:
         return record
+    if one.usable and compiled.total > one.usable * DEFAULT_SHARE / GPU_SHARE:
+        record["needs"] = f"{SHARE_VARIABLE}=.95, as JAX takes {DEFAULT_SHARE:.0%} of a GPU's memory by default"
     record |= {
         "temporary_bytes": compiled.temporaries,
         "code_bytes": compiled.code,
         "total_bytes": compiled.total,
         "traffic_bytes": compiled.traffic,
+        "traffic_apart_bytes": compiled.apart,
         "largest": dict(compiled.largest),
         "collectives": [dataclasses.asdict(c) | {"sent": c.sent} for c in compiled.collectives],
     }
     bounds = roofline(work, compiled, one, mesh)
     if bounds is not None:
         record["seconds"] = {"compute": bounds.compute, "memory": bounds.memory, "network": bounds.network}
+        record["seconds"] |= {"apart": bounds.apart} if bounds.apart else {}
         record["step_seconds"] = [bounds.least, bounds.one_by_one]
         record["tokens_per_second"] = [work.tokens / seconds for seconds in (bounds.one_by_one, bounds.least)]
         if work.steps:
@@ -151,10 +165,12 @@ def parsed_mesh(text: str) -> dict[str, int]:
     return axes
 
 
-def _default_mesh(config: ConvertConfig, one: Machine) -> dict[str, int]:
+def _default_mesh(config: ConvertConfig | PretrainConfig, one: Machine) -> dict[str, int]:
     size = 1
     for count in config.mesh.values():
         size *= count
     if config.mesh and size == one.chips:
         return dict(config.mesh)
+    if one.hosts > 1:
+        return {SLICES: one.hosts, "fsdp": one.chips // one.hosts}
     return dict(PRESETS.get(one.name, {"fsdp": one.chips}))

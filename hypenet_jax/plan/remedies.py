@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.settings import ConvertConfig
+from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
 from hypenet_jax.plan.compile import Compiled
+from hypenet_jax.plan.stages import INFERENCE
 
 # Each candidate is a compilation.
 MOST_TRIED = 4
+Config = ConvertConfig | PretrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +22,17 @@ class Remedy:
     """A change in the words of `--set`, and the config and mesh with it."""
 
     change: str
-    config: ConvertConfig
+    config: Config
     axes: dict[str, int]
 
 
-def candidates(stage: str, config: ConvertConfig, axes: dict[str, int]) -> Iterator[Remedy]:
+def candidates(stage: str, config: Config, axes: dict[str, int]) -> Iterator[Remedy]:
     """Changes that lower a stage's memory per device, the cheapest first.
 
     `remat` costs a second forward pass, gradient accumulation nothing but smaller products, a mesh that divides the
     parameters further more traffic, and `seq` divides what is left of activations: one long row.
     """
-    if stage not in ("align", "distill", "finetune"):
+    if stage in INFERENCE:
         yield from _meshes(config, axes)
         return
     if not config.remat and stage != "align":
@@ -52,7 +54,7 @@ def candidates(stage: str, config: ConvertConfig, axes: dict[str, int]) -> Itera
             yield Remedy(f"mesh.fsdp={moved['fsdp']} --set mesh.seq={moved['seq']}", config, moved)
 
 
-def _meshes(config: ConvertConfig, axes: dict[str, int]) -> Iterator[Remedy]:
+def _meshes(config: Config, axes: dict[str, int]) -> Iterator[Remedy]:
     """Replicas given up for parameters divided further; then heads and vocabulary divided."""
     if axes.get("data", 1) > 1:
         moved = axes | {"data": 1, "fsdp": axes.get("fsdp", 1) * axes["data"]}
@@ -65,9 +67,9 @@ def _meshes(config: ConvertConfig, axes: dict[str, int]) -> Iterator[Remedy]:
 
 def remedy(
     stage: str,
-    config: ConvertConfig,
+    config: Config,
     axes: dict[str, int],
-    compile_with: Callable[[ConvertConfig, dict[str, int]], Compiled],
+    compile_with: Callable[[Config, dict[str, int]], Compiled],
     say: Callable[[str], Any],
 ) -> str:
     """A sentence on what to change: a change that was compiled and fits, or that none of those tried does."""

@@ -23,6 +23,8 @@ def describe(record: dict[str, Any]) -> str:
         return "\n".join([*lines, f"    GiB a chip: {parts}", f"    what to change: {record['remedy']}"])
     rest = f"temporaries {in_units(record['temporary_bytes'], GIB)}, program {in_units(record['code_bytes'], GIB)}"
     lines.append(f"    GiB a chip: {parts}, {rest}")
+    if "needs" in record:
+        lines.append(f"    set {record['needs']}")
     lines.append(
         f"    {in_units(record['flops'], 1e12)} TFLOP a chip; {record['traffic_bytes'] / GIB:.1f} GiB of memory traffic"
     )
@@ -57,11 +59,12 @@ def _gathered(found: Sequence[dict[str, Any]]) -> list[tuple[tuple[str, str], tu
 def _times(record: dict[str, Any]) -> list[str]:
     seconds = record["seconds"]
     network = "".join(f", {axes} {s * 1e3:.3g}" for axes, s in seconds["network"].items())
+    apart = f" ({seconds['apart'] * 1e3:.3g} apart from products)" if "apart" in seconds else ""
     least, most = record["step_seconds"]
     slow, fast = record["tokens_per_second"]
     lines = [
         f"    ms a step at peak rates: compute {seconds['compute'] * 1e3:.3g}, memory {seconds['memory'] * 1e3:.3g}"
-        f"{network}; together {least * 1e3:.3g} (all at once) to {most * 1e3:.3g} (one by one)",
+        f"{apart}{network}; together {least * 1e3:.3g} (all at once) to {most * 1e3:.3g} (one by one)",
         f"    {slow:,.0f} to {fast:,.0f} tokens/s at those rates",
     ]
     if "chip_hours" in record:

@@ -10,19 +10,34 @@ _FREE = {
     "partition-id", "replica-id", "iota", "async-start", "async-update", "async-done", "copy-done",
     "optimization-barrier",
 }  # fmt: skip
+_PRODUCTS = ("dot", "convolution")
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")
 
 
-def memory_traffic(program: Program) -> float:
+def memory_traffic(program: Program) -> tuple[float, float]:
     """The operands and results of every instruction that lie in main memory; of a slice only the slice.
 
-    A kernel counts as reading its operands once and writing its results once.
+    A kernel counts as reading its operands once and writing its results once. The second number is the part of it that
+    is no matrix product's: kernels, norms, gates, casts, the optimizer.
     """
-    total = 0.0
+    total = apart = 0.0
     for name, times in program.runs().items():
         around = program.computations[name]
-        total += times * sum(_moved(program, around, instruction) for instruction in around.values())
-    return total
+        for instruction in around.values():
+            moved = times * _moved(program, around, instruction)
+            total += moved
+            apart += 0.0 if _multiplies(program, instruction) else moved
+    return total, apart
+
+
+def _multiplies(program: Program, one: Instruction) -> bool:
+    """Whether it is a matrix product, alone or fused, or of cuBLAS."""
+    if one.opcode == "custom-call":
+        return '"__cublas' in one.rest
+    if one.opcode != "fusion":
+        return one.opcode in _PRODUCTS
+    inside = program.computations[str(one.attribute("calls"))]
+    return any(_multiplies(program, instruction) for instruction in inside.values())
 
 
 def _moved(program: Program, around: dict[str, Instruction], one: Instruction) -> float:
@@ -37,8 +52,13 @@ def _moved(program: Program, around: dict[str, Instruction], one: Instruction) -
         return 2 * _main(one)
     if one.opcode in ("dynamic-update-slice", "scatter"):
         return 2 * sum(_main(around[name]) for name in one.operands[1:] if name in around)
-    if one.opcode.endswith("-start"):
+    if one.opcode == "copy-start":
         return sum(array.size for array in one.arrays[:2] if array.memory == 0)
+    if one.opcode.endswith("-start"):
+        # Its result names the operands beside what will be there when it is done; a sum's names the latter alone.
+        given = sum(_main(around[name]) for name in one.operands if name in around)
+        named = sum(array.size for array in one.arrays if array.memory == 0)
+        return named + given if one.opcode == "all-reduce-start" else named
     return _main(one) + sum(_main(around[name]) for name in one.operands if name in around)
 
 

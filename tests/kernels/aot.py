@@ -118,7 +118,7 @@ def _cuda() -> pathlib.Path:
 def _device(target: str):
     from kernels_pallas.absent import open_topology
 
-    return open_topology("gpu", (HERE / "h100.txtpb").read_text())[0] if target == "h100" else open_topology(target)[0]
+    return open_topology(target)[0]
 
 
 def _compile(case: Case) -> Compiled:

@@ -106,9 +106,55 @@ def test_a_missing_compiler_has_its_remedy(monkeypatch, tmp_path):
         machines.open_devices(machine("v5e-16"))
 
 
-def test_a_config_for_training_from_scratch_is_refused(capsys):
-    assert main(["plan", "--config", "configs/demo_teacher.py", "--topology", "cpu8"]) == 2
-    assert "needs one for converting a teacher" in capsys.readouterr().err
+def test_training_from_scratch_and_its_model_are_planned(config_file, tmp_path, capsys):
+    words = ["plan", "--topology", "cpu8", "--mesh", "fsdp=4,tensor=2", "--json", str(tmp_path / "plan.json")]
+    sizes = ["hidden_size=32", "intermediate_size=64", "num_layers=2", "num_heads=4", "num_kv_heads=2", "head_dim=8"]
+    sizes = [f"model.{size}" for size in sizes] + ["train.batch_size=16", "train.seq_len=32", "train.token_chunk=None"]
+    sizes += ["evaluate.lengths=(32,)", "train.steps=10", "train.warmup_steps=2", "rules.mlp=()"]
+    changes = [word for size in sizes for word in ("--set", size)]
+    assert main([*words, "--config", "configs/demo_teacher.py", *changes]) == 0
+    said = capsys.readouterr().out
+    assert "train: " in said and "decode: " in said
+    train, prefill, decode = json.loads((tmp_path / "plan.json").read_text())
+    assert (train["stage"], prefill["stage"], decode["stage"]) == ("train", "prefill", "decode")
+    # Embedding (tied, 257 bytes do not divide over tensor), two layers, norms: float32, its moments twice that. Every
+    # matrix is divided by fsdp, heads by tensor, and the MLP, by the config's rule, not.
+    attention, mlp = 32 * 8 * (4 + 2 + 2 + 4), 3 * 32 * 64
+    held = 4 * (257 * 32 / 4 + 2 * (attention / 8 + mlp / 4 + 2 * 32 + 2 * 8) + 32)
+    assert train["parts_bytes"]["parameters"] == held
+    assert train["parts_bytes"]["optimizer"] == pytest.approx(2 * held, rel=0.01)
+    assert train["tokens_per_step"] == 512 and train["steps"] == 10
+    # 6 operations a parameter's multiplication forward and backward, scores, and three products with the vocabulary.
+    each = 2 * (6 * (attention + mlp) + 3.5 * 2 * 32 * 4 * 8) + 3 * 2 * 32 * 257
+    assert train["flops"] == pytest.approx(each * 512 / 8)
+    assert prefill["tokens_per_step"] == 4 * 32 and decode["tokens_per_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "stage", "sentence"),
+    [
+        (None, "train", "a conversion has no stage 'train'; its stages are align, distill, finetune, prefill, decode"),
+        ("configs/demo_teacher.py", "distill", "training from scratch has no stage 'distill'; its stages are train, "),
+    ],
+)
+def test_a_stage_of_the_other_kind_of_config(config_file, capsys, config, stage, sentence):
+    words = ["--config", str(config or config_file), "--topology", "cpu8", "--stages", stage]
+    assert main(["plan", *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and sentence in said[0]
+
+
+def test_the_rules_of_teacher_and_student_are_the_configs(config_file):
+    config = load_config(config_file, ["rules.mlp=()", "teacher_rules.embed=()"])
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    work = work_of("distill", config, config_of(config.teacher), mesh)
+    student, teacher = (work.parts[name]["layer_0"]["mlp"]["gate"] for name in ("parameters", "teacher"))
+    assert (tuple(student.sharding.spec), tuple(teacher.sharding.spec)) == (("fsdp", None), (None, "tensor"))
+    config = load_config(config_file, ["rules.mpl=()"])
+    with pytest.raises(
+        HypenetError, match="in config section 'rules': the sharding rule 'mpl' is used by no parameter"
+    ):
+        work_of("distill", config, config_of(config.teacher), mesh)
 
 
 def test_what_the_compiler_says_of_too_large_a_program():

@@ -3,35 +3,17 @@
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from absent_machines import ROOT, D, V, layer_matrices, run, write_conversion, write_pretraining
 
-import hypenet_jax as hn
 from hypenet_jax.config import load_config
-from hypenet_jax.hub.config_json import common_values
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.plan.machines import APART
 from hypenet_jax.plan.stages import models
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIG = """
-import ml_collections
-
-def get_config():
-    config = ml_collections.ConfigDict()
-    config.teacher = "{teacher}"
-    config.data = dict(sources=("stdlib",))
-    config.student = dict(attention_layers=(2,))
-    stage = dict(steps=100, batch_size=32, seq_len=2048, peak_lr=1e-3, end_lr=1e-5, warmup_steps=2)
-    config.align, config.distill, config.finetune = (dict(**stage) for _ in range(3))
-    config.evaluate = dict(lengths=(64,))
-    return config
-"""
-V, D, F = 32768, 512, 1024
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None and not (APART / "libtpu").is_dir(),
@@ -39,31 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*words):
-    """`hypenet plan` in a process of its own: this one is a CPU with eight devices and has flags of its own."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "hypenet_jax.cli", "plan", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-
-
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tpu")
-    config = hn.ModelConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=128,
-        mixers=("attention",) * 4, eos_ids=(0,), pad_id=0, tie_embeddings=False,
-    )  # fmt: skip
-    values = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **common_values(config)}
-    (directory / "config.json").write_text(json.dumps(values))
-    (directory / "config.py").write_text(CONFIG.format(teacher=directory))
-    return directory / "config.py"
-
-
-def layer_matrices(model):
-    """Entries of each matrix of the layers; norms, even those of all heads, are small."""
-    shapes = model.param_shapes()
-    leaves = [leaf for layer in range(4) for leaf in jax.tree.leaves(shapes[f"layer_{layer}"])]
-    return [leaf.size for leaf in leaves if leaf.size > 10_000]
+    return write_conversion(tmp_path_factory.mktemp("tpu"))
 
 
 def test_four_layers_of_distillation_on_v5e_16(config_file, tmp_path):
@@ -115,6 +75,18 @@ def test_what_does_not_fit_is_said_with_what_to_change(config_file):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "does not fit, by" in done.stdout and "of 15.75 GiB" in done.stdout
     assert "what to change: --set " in done.stdout and "compiled)" in done.stdout
+
+
+def test_training_from_scratch_on_v5e_4(tmp_path):
+    file = tmp_path / "plan.json"
+    words = ["--topology", "v5e-4", "--stages", "train", "decode", "--json", str(file)]
+    done = run("--config", str(write_pretraining(tmp_path)), *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    train, decode = json.loads(file.read_text())
+    assert (train["stage"], decode["stage"]) == ("train", "decode") and train["fits"] and decode["fits"]
+    assert train["tokens_per_step"] == 16 * 1024 and train["tokens"] == 100 * 16 * 1024
+    assert "teacher" not in train["parts_bytes"] and "the stage: 0.00164B tokens in 100 steps" in done.stdout
+    assert train["parts_bytes"]["optimizer"] == pytest.approx(2 * train["parts_bytes"]["parameters"], rel=0.01)
 
 
 LAY_OUT = """
