@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.processes import connect
 
 # data: replicas of the parameters; fsdp: parameters, moments and rows of the batch are split; seq: positions are split
 # (context parallelism); tensor: heads, MLP width and vocabulary are split. Outermost first: the outer axes carry the
@@ -45,6 +46,8 @@ def _sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes ("data", "fsdp", "seq", "tensor"), every one of type Auto; with slices "dcn" before them.
 
+    Several processes make it together: they are connected when it returns.
+
     Args:
       axes: sizes by axis name; an absent axis has size 1; one axis may be -1, "what the others leave". None puts every
         device on fsdp.
@@ -54,7 +57,12 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
       HypenetError: an unknown axis, sizes that do not multiply to the number of devices, or a "dcn" that is not the
         number of slices that the devices form.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    mesh = _mesh(axes, jax.devices() if devices is None else list(devices))
+    connect(mesh)
+    return mesh
+
+
+def _mesh(axes: Mapping[str, int] | None, devices: Sequence[jax.Device]) -> Mesh:
     sizes = _sizes(axes, len(devices))
     slices = sizes.pop(SLICES, 1)
     if slices > 1:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from hypenet_jax.errors import HypenetError
 
@@ -60,6 +60,29 @@ def first(work: Callable[[], object]) -> None:
     _client().key_value_set(key, _DONE)
 
 
+def connect(mesh: Mesh) -> None:
+    """Open every connection between CPU processes that collectives over axes of the mesh can ask for.
+
+    All processes must call it. Gloo makes a connection at the first collective that needs it and gives the others 30
+    seconds to come to it; programs that take longer to compile on one host than on another would miss each other.
+    """
+    devices = mesh.devices.ravel()
+    if devices[0].platform != "cpu" or len({device.process_index for device in devices}) == 1:
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [group for count in range(1, len(axes) + 1) for group in itertools.combinations(axes, count)]
+    one_each = PartitionSpec(tuple(axes))
+    others = [PartitionSpec(tuple(axis for axis in axes if axis not in group)) for group in groups]
+
+    def sums(x: jax.Array) -> list[jax.Array]:
+        return [jax.lax.psum(x, group) for group in groups]
+
+    ones = place(np.ones(mesh.size, np.float32), NamedSharding(mesh, one_each))
+    ready = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=one_each, out_specs=others)).lower(ones).compile()
+    _client().wait_at_barrier(f"hypenet/connect/{next(_calls)}", WAIT_SECONDS * 1000)
+    jax.block_until_ready(ready(ones))
+
+
 def check_local(directory: str | os.PathLike[str], what: str) -> None:
     """Raise HypenetError for a bucket: packing, metrics and exports append to and rename files."""
     scheme, separator, rest = os.fspath(directory).partition("://")
@@ -90,7 +113,7 @@ def _whole(array: Any) -> Any:
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return array
     mesh = array.sharding.mesh  # type: ignore[attr-defined]
-    return _gather(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(array)
+    return _gather(NamedSharding(mesh, PartitionSpec()))(array)
 
 
 def _gather(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
@@ -162,7 +185,7 @@ def ended(run: Callable[[], int]) -> int:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        if lost := _lost(error):
+        if lost := lost_process(error):
             reason = str(lost).strip().splitlines()[0]
             print(
                 f"hypenet: process {jax.process_index()} has lost another process ({reason[:200]}); "
@@ -178,7 +201,7 @@ def ended(run: Callable[[], int]) -> int:
     return code
 
 
-def _lost(error: BaseException | None) -> BaseException | None:
+def lost_process(error: BaseException | None) -> BaseException | None:
     """The error that tells of a process that is gone: this one, or one that it was raised from."""
     while error is not None:
         of_xla = isinstance(error, jax.errors.JaxRuntimeError) or (

@@ -262,7 +262,3 @@ def _key_heads(k_BSKD: jax.Array, v_BSKD: jax.Array, heads: str | None, mesh: Ab
     times = math.lcm(k_BSKD.shape[2], _size(mesh)) // k_BSKD.shape[2] if heads else 1
     repeated = (jnp.repeat(x, times, axis=2) if times > 1 else x for x in (k_BSKD, v_BSKD))
     return dict(zip(("k_BSKD", "v_BSKD"), repeated, strict=True))
-
-
-def _scale_spec(scale: jax.Array | None, rows: tuple[str, ...] | None) -> P:
-    return P(rows) if scale is not None and scale.ndim == 2 else P()

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from hypenet_jax import __version__
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.parallel.processes import check_local
+from hypenet_jax.parallel.processes import check_local, lost_process
 
 DIRECTORY = "checkpoints"
 JSON_NAME = "hypenet_checkpoint.json"
@@ -228,6 +228,8 @@ class Checkpoints:
             return read()
         # Orbax and TensorStore report a damaged file as any of a dozen types, some of their own.
         except Exception as error:
+            if lost_process(error):
+                raise  # the checkpoint is well: nobody should delete it
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             earlier = [s for s in self._manager.all_steps() if s < step]
             then = f"continue from step {max(earlier)}" if earlier else "start the stage again"

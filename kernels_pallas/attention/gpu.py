@@ -46,15 +46,18 @@ def attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See `api.attention`. `sizes` None chooses by width, dtype and the GPU's shared memory."""
+    length, keys = q_BTHD.shape[1], k_BSKD.shape[1]
+    last_T = jnp.minimum(jnp.arange(length), keys - 1) if causal else jnp.full(length, keys - 1)
     o_BTHD, _ = attend_block(
         q_BTHD,
         k_BSKD,
         v_BSKD,
-        causal=causal,
+        last_T[None],
         segment_ids=segment_ids,
         key_segment_ids=segment_ids,
         scale=scale,
         logit_scale=logit_scale,
+        dtype=v_BSKD.dtype,
         sizes=sizes,
         interpret=interpret,
     )
@@ -65,44 +68,20 @@ def attend_block(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
     v_BSKD: jax.Array,
+    last_bT: jax.Array,
     *,
-    q_start: jax.Array | int = 0,
-    k_start: jax.Array | int = 0,
-    causal: bool = True,
-    last_bT: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     scale: float,
     logit_scale: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: Any,
     sizes: Sizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of some queries to some keys of a longer sequence: see `tpu.attend_block`, whose counterpart it is.
-
-    Differentiable in q, k and v from both results. `sizes` None chooses.
-
-    Returns:
-      o_BTHD in `dtype` (None: v's) and the natural log-sum-exp, float32 [B,T,H]; 0 and -1e30 where nothing is seen.
-    """
-    length, keys = q_BTHD.shape[1], k_BSKD.shape[1]
-    if last_bT is None and causal:
-        ahead = jnp.asarray(q_start, jnp.int32) - jnp.asarray(k_start, jnp.int32)
-        last_bT = jnp.clip(jnp.atleast_1d(ahead)[:, None] + jnp.arange(length, dtype=jnp.int32), -1, keys - 1)
-    elif last_bT is None:
-        last_bT = jnp.full((1, length), keys - 1, jnp.int32)
-    if segment_ids is not None:
-        last_bT = jnp.where(segment_ids >= 0, last_bT, -1)
-    o_BTHD, log_sum_BHT = _attend(
-        _options(q_BTHD, k_BSKD, v_BSKD, scale, dtype, sizes, interpret),
-        q_BTHD,
-        k_BSKD,
-        v_BSKD,
-        last_bT,
-        segment_ids if key_segment_ids is not None else None,
-        key_segment_ids if segment_ids is not None else None,
-        _factor(logit_scale),
-    )
+    """See `block.attend_block`; here also differentiable in q, k and v, with cotangents of both results."""
+    options = _options(q_BTHD, k_BSKD, v_BSKD, scale, dtype, sizes, interpret)
+    tokens = _last_of_real(last_bT, segment_ids), segment_ids, key_segment_ids, _factor(logit_scale)
+    o_BTHD, log_sum_BHT = _attend(options, q_BTHD, k_BSKD, v_BSKD, *tokens)
     return o_BTHD, log_sum_BHT.swapaxes(1, 2)
 
 
@@ -114,43 +93,19 @@ def block_gradients(
     log_sum_BTH: jax.Array,
     inner_BTH: jax.Array,
     last_bT: jax.Array,
-    ids_BT: jax.Array | None,
-    factor_bT: jax.Array | None,
-    key_ids_BS: jax.Array | None,
     *,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     scale: float,
-    dtype: Any = jnp.float32,
-    sizes: Sizes | None = None,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What this block of keys adds to dq, and its dk and dv: see `tpu.block_gradients`."""
-    options = _options(q_BTHD, k_BSKD, v_BSKD, scale, dtype, sizes, interpret)
-    tokens = last_bT, ids_BT, key_ids_BS, factor_bT
-    rows = do_BTHD, log_sum_BTH.swapaxes(1, 2), inner_BTH.swapaxes(1, 2)
-    return _gradients(options, q_BTHD, k_BSKD, v_BSKD, *tokens, *rows, (options.dtype,) * 3)
-
-
-def gradients_of_block(
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
-    do_BTHD: jax.Array,
-    log_sum_BTH: jax.Array,
-    inner_BTH: jax.Array,
-    last_bT: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    key_segment_ids: jax.Array | None,
-    scale: float,
-    logit_scale: jax.Array | None,
+    logit_scale: jax.Array | None = None,
     sizes: Sizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `block.block_gradients`."""
-    if segment_ids is not None:
-        last_bT = jnp.where(segment_ids >= 0, last_bT, -1)
-    rows = do_BTHD, log_sum_BTH, inner_BTH, last_bT, segment_ids, _factor(logit_scale), key_segment_ids
-    return block_gradients(q_BTHD, k_BSKD, v_BSKD, *rows, scale=scale, sizes=sizes, interpret=interpret)
+    options = _options(q_BTHD, k_BSKD, v_BSKD, scale, jnp.float32, sizes, interpret)
+    tokens = _last_of_real(last_bT, segment_ids), segment_ids, key_segment_ids, _factor(logit_scale)
+    rows = do_BTHD, log_sum_BTH.swapaxes(1, 2), inner_BTH.swapaxes(1, 2)
+    return _gradients(options, q_BTHD, k_BSKD, v_BSKD, *tokens, *rows, (options.dtype,) * 3)
 
 
 def cached_attention(
@@ -167,9 +122,9 @@ def cached_attention(
     arrays = q_BTHD, k_BSKD, v_BSKD
     if gpu_decode.fits(q_BTHD, k_BSKD):
         return _decode(scale, interpret, *arrays, q_positions_BT, logit_scale)
-    last_BT = jnp.minimum(q_positions_BT, k_BSKD.shape[1] - 1).astype(jnp.int32)
-    options = _options(*arrays, scale, None, None, interpret)
-    return _attend(options, *arrays, last_BT, None, None, _factor(logit_scale))[0]
+    last_BT = jnp.minimum(q_positions_BT, k_BSKD.shape[1] - 1)
+    options: dict[str, Any] = {"scale": scale, "logit_scale": logit_scale, "interpret": interpret}
+    return attend_block(*arrays, last_BT, dtype=v_BSKD.dtype, **options)[0]
 
 
 def attend_cache(
@@ -179,17 +134,16 @@ def attend_cache(
     last_BT: jax.Array,
     *,
     scale: float,
-    logit_scale: jax.Array | None,
+    logit_scale: jax.Array | None = None,
     dtype: Any,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `block.attend_cache`."""
-    arrays, options = (q_BTHD, k_BSKD, v_BSKD), {"scale": scale, "logit_scale": logit_scale, "dtype": dtype}
+    arrays = q_BTHD, k_BSKD, v_BSKD
+    options: dict[str, Any] = {"scale": scale, "logit_scale": logit_scale, "dtype": dtype}
     if gpu_decode.fits(q_BTHD, k_BSKD):
         return gpu_decode.attend(*arrays, last_BT, interpret=interpret, **options)
-    return attend_block(
-        *arrays, last_bT=last_BT, segment_ids=None, key_segment_ids=None, interpret=interpret, **options
-    )
+    return attend_block(*arrays, last_BT, interpret=interpret, **options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -214,7 +168,13 @@ _decode.defvjp(_decode_forward, _decode_backward)
 
 def _options(q, k, v, scale, dtype, sizes, interpret) -> Options:
     sizes = sizes or sizes_for(max(q.shape[3], v.shape[3]), jnp.result_type(q, k, v))
-    return Options(sizes, scale, jnp.dtype(dtype or v.dtype), interpret)
+    return Options(sizes, scale, jnp.dtype(dtype), interpret)
+
+
+def _last_of_real(last_bT: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Padding sees nothing."""
+    last_bT = last_bT.astype(jnp.int32)
+    return last_bT if segment_ids is None else jnp.where(segment_ids >= 0, last_bT, -1)
 
 
 def _factor(logit_scale: jax.Array | None) -> jax.Array | None:

@@ -58,12 +58,13 @@ def attention(
     interpret: Any = False,
 ) -> jax.Array:
     """See `api.attention`. `blocks` None chooses."""
-    dtype = jnp.result_type(q_BTHD, k_BSKD, v_BSKD)
+    dtype, length, keys = jnp.result_type(q_BTHD, k_BSKD, v_BSKD), q_BTHD.shape[1], k_BSKD.shape[1]
+    last_T = jnp.minimum(jnp.arange(length), keys - 1) if causal else jnp.full(length, keys - 1)
     o_BTHD, _ = attend_block(
         q_BTHD.astype(dtype),
         k_BSKD.astype(dtype),
         v_BSKD.astype(dtype),
-        causal=causal,
+        last_T[None],
         segment_ids=segment_ids,
         key_segment_ids=segment_ids,
         scale=scale,
@@ -78,75 +79,63 @@ def attention(
 def attend_block(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
-    v_BSKE: jax.Array,
+    v_BSKD: jax.Array,
+    last_bT: jax.Array,
     *,
-    q_start: jax.Array | int = 0,
-    k_start: jax.Array | int = 0,
-    causal: bool = True,
-    last_bT: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     scale: float,
     logit_scale: jax.Array | None = None,
-    dtype: Any = None,
-    gradient_dtype: Any = None,
+    dtype: Any,
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of some queries to some keys of a longer sequence, and what it takes to add more keys.
-
-    Differentiable in q, k and v, with cotangents of both results: so `merge`d blocks have right gradients. A ring that
-    recomputes nothing calls `block_gradients` with the whole sequence's log-sum-exp instead.
-
-    Args:
-      q_BTHD, k_BSKD, v_BSKE: of one dtype, float32 or bfloat16.
-      q_start, k_start: place of the first query and key in the sequence, int32 scalars or [B]; may be traced.
-      causal: a query sees keys up to its own place in the sequence.
-      last_bT: int32 [B or 1,T], the last of these keys that a query may see, -1 for none; then the three above do not
-        count.
-      segment_ids, key_segment_ids: int32 [B,T] and [B,S], both or neither. Negative ids of queries are padding.
-      logit_scale: float32 [T] or [B,T], of these queries.
-      dtype: of o; None is v's.
-      gradient_dtype: of dq, dk and dv inside the kernel; None is q's. (The gradients returned to JAX are of q's.)
-      blocks, interpret: None and False outside of tests.
-
-    Returns:
-      o_BTHE and the natural log-sum-exp, float32 [B,T,H]: zero and about -1e30 where a query sees nothing.
-    """
-    call = prepare(
-        q_BTHD,
-        k_BSKD,
-        q_start=q_start,
-        k_start=k_start,
-        causal=causal,
-        last_bT=last_bT,
-        segment_ids=segment_ids,
-        key_segment_ids=key_segment_ids,
-        scale=scale,
-        logit_scale=logit_scale,
-    )
-    dtype, gradient_dtype = dtype or v_BSKE.dtype, gradient_dtype or q_BTHD.dtype
-    return _attend(_plan(q_BTHD, k_BSKD, blocks, dtype, gradient_dtype, interpret), q_BTHD, k_BSKD, v_BSKE, *call)
+    """See `block.attend_block`; here also differentiable in q, k and v, with cotangents of both results."""
+    plan = _plan(q_BTHD, k_BSKD, blocks, dtype, q_BTHD.dtype, interpret)
+    tokens = _tokens(q_BTHD, k_BSKD, last_bT, segment_ids, key_segment_ids, scale, logit_scale)
+    return _attend(plan, q_BTHD, k_BSKD, v_BSKD, *tokens)
 
 
-def prepare(
-    q_BTHD, k_BSKD, *, q_start=0, k_start=0, causal=True, last_bT=None, segment_ids, key_segment_ids, scale, logit_scale
+def block_gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    do_BTHD: jax.Array,
+    log_sum_BTH: jax.Array,
+    inner_BTH: jax.Array,
+    last_bT: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    scale: float,
+    logit_scale: jax.Array | None = None,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `block.block_gradients`."""
+    plan = _plan(q_BTHD, k_BSKD, blocks, jnp.float32, jnp.float32, interpret)
+    tokens = _tokens(q_BTHD, k_BSKD, last_bT, segment_ids, key_segment_ids, scale, logit_scale)
+    return _gradients(plan, q_BTHD, k_BSKD, v_BSKD, do_BTHD, log_sum_BTH, inner_BTH, *tokens)
+
+
+def _tokens(
+    q_BTHD, k_BSKD, last_bT, segment_ids, key_segment_ids, scale, logit_scale
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What each query sees: its last key, its id and its factor, [B,T], and the keys' ids [B,S]."""
     (batch, length), keys = q_BTHD.shape[:2], k_BSKD.shape[1]
-    last_BT = jnp.full((batch, length), keys - 1, jnp.int32)
-    if last_bT is not None:
-        last_BT = jnp.broadcast_to(last_bT, (batch, length))
-    elif causal:
-        ahead = jnp.broadcast_to(jnp.asarray(q_start, jnp.int32) - jnp.asarray(k_start, jnp.int32), batch)
-        last_BT = jnp.clip(ahead[:, None] + jnp.arange(length, dtype=jnp.int32), -1, keys - 1)
+    last_BT = jnp.broadcast_to(last_bT.astype(jnp.int32), (batch, length))
     if segment_ids is None or key_segment_ids is None:
         segment_ids, key_segment_ids = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, keys), jnp.int32)
     last_BT = jnp.where(segment_ids >= 0, last_BT, -1)
+    return last_BT, segment_ids, _factor(q_BTHD, scale, logit_scale), key_segment_ids
+
+
+def _factor(q_BTHD, scale, logit_scale) -> jax.Array:
+    """What each query's scores are multiplied by, float32 [B,T]."""
     factor = jnp.full((), scale, jnp.float32)
     if logit_scale is not None:
         factor = factor * jax.lax.stop_gradient(logit_scale.astype(jnp.float32))
-    return last_BT, segment_ids, jnp.broadcast_to(factor, (batch, length)), key_segment_ids
+    return jnp.broadcast_to(factor, q_BTHD.shape[:2])
 
 
 def _plan(q_BTHD, k_BSKD, blocks, dtype, gradient_dtype, interpret) -> Plan:
@@ -181,14 +170,14 @@ def _attend_backward(plan: Plan, residuals, cotangents):
     q, k, v, tokens, o_BTHE, log_sum_BTH = residuals
     do_BTHE, dlog_sum_BTH = cotangents
     inner_BTH = jnp.sum(o_BTHE.astype(jnp.float32) * do_BTHE.astype(jnp.float32), axis=3) - dlog_sum_BTH
-    gradients = block_gradients(plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, *tokens)
+    gradients = _gradients(plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, *tokens)
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def block_gradients(
+def _gradients(
     plan: Plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, last_BT, ids_BT, factor_BT, key_ids_BS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What this block of keys adds to dq, and its dk and dv, in `plan.gradient_dtype`.
@@ -256,17 +245,13 @@ def cached_attention(
     `attention`, for which the cache's heads are set apart first: a copy of all of it.
     """
     dtype = jnp.result_type(q_BTHD, k_BSKD, v_BSKD)
-    factor = jnp.full((), scale, jnp.float32)
-    if logit_scale is not None:
-        factor = factor * jax.lax.stop_gradient(logit_scale.astype(jnp.float32))
-    factor_BT = jnp.broadcast_to(factor, q_BTHD.shape[:2])
     q, k, v = (x.astype(dtype) for x in (q_BTHD, k_BSKD, v_BSKD))
     if q.shape[1] * q.shape[2] <= MOST_ROWS:
+        factor_BT = _factor(q, scale, logit_scale)
         return _decode(interpret, block, q, k, v, q_positions_BT, factor_BT).astype(v_BSKD.dtype)
-    plan = _plan(q, k, None, v_BSKD.dtype, dtype, interpret)
-    ids_BT, key_ids_BS = jnp.zeros(q.shape[:2], jnp.int32), jnp.zeros(k.shape[:2], jnp.int32)
-    last_BT = jnp.minimum(q_positions_BT.astype(jnp.int32), k.shape[1] - 1)
-    return _attend(plan, q, k, v, last_BT, ids_BT, factor_BT, key_ids_BS)[0]
+    last_BT = jnp.minimum(q_positions_BT, k.shape[1] - 1)
+    options: dict[str, Any] = {"scale": scale, "logit_scale": logit_scale, "interpret": interpret}
+    return attend_block(q, k, v, last_BT, dtype=v_BSKD.dtype, **options)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -281,18 +266,15 @@ def attend_cache(
     last_BT: jax.Array,
     *,
     scale: float,
-    logit_scale: jax.Array | None,
+    logit_scale: jax.Array | None = None,
     dtype: Any,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `block.attend_cache`."""
     if q_BTHD.shape[1] * q_BTHD.shape[2] > MOST_ROWS:
-        masks: dict[str, Any] = {"segment_ids": None, "key_segment_ids": None, "logit_scale": logit_scale}
-        return attend_block(
-            q_BTHD, k_BSKD, v_BSKD, last_bT=last_BT, scale=scale, dtype=dtype, interpret=interpret, **masks
-        )
-    factor = jnp.full((), scale, jnp.float32) * (1.0 if logit_scale is None else logit_scale.astype(jnp.float32))
-    factor_BT = jnp.broadcast_to(factor, q_BTHD.shape[:2])
+        options: dict[str, Any] = {"scale": scale, "logit_scale": logit_scale, "interpret": interpret}
+        return attend_block(q_BTHD, k_BSKD, v_BSKD, last_BT, dtype=dtype, **options)
+    factor_BT = _factor(q_BTHD, scale, logit_scale)
     o, log_sum = decode(q_BTHD, k_BSKD, v_BSKD, last_BT, factor_BT, interpret)
     return o.astype(dtype), log_sum
 
@@ -312,25 +294,6 @@ def _decode_backward(interpret, block, inputs, do):
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
-
-
-def gradients_of_block(
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
-    do_BTHD: jax.Array,
-    log_sum_BTH: jax.Array,
-    inner_BTH: jax.Array,
-    last_bT: jax.Array,
-    *,
-    blocks: Blocks | None = None,
-    interpret: Any = False,
-    **masks: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `block.block_gradients`."""
-    plan = _plan(q_BTHD, k_BSKD, blocks, jnp.float32, jnp.float32, interpret)
-    tokens = prepare(q_BTHD, k_BSKD, last_bT=last_bT, **masks)
-    return block_gradients(plan, q_BTHD, k_BSKD, v_BSKD, do_BTHD, log_sum_BTH, inner_BTH, *tokens)
 
 
 BACKEND = Backend("tpu", attention, refuses)

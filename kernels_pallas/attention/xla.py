@@ -52,10 +52,10 @@ def attend_block(
     v_BSKD: jax.Array,
     last_bT: jax.Array,
     *,
-    segment_ids: jax.Array | None,
-    key_segment_ids: jax.Array | None,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     scale: float,
-    logit_scale: jax.Array | None,
+    logit_scale: jax.Array | None = None,
     dtype: Any,
     blocks: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -78,10 +78,10 @@ def block_gradients(
     inner_BTH: jax.Array,
     last_bT: jax.Array,
     *,
-    segment_ids: jax.Array | None,
-    key_segment_ids: jax.Array | None,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     scale: float,
-    logit_scale: jax.Array | None,
+    logit_scale: jax.Array | None = None,
     blocks: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `block.block_gradients`."""
@@ -94,12 +94,6 @@ def block_gradients(
     rows = do.astype(q.dtype), log_sum[..., 0], inner[..., 0]
     dq, dk, dv = _gradients(chosen, q, k, v, last_bT, segment_ids, key_segment_ids, *rows)
     return dq * _factor(scale, logit_scale), dk, dv
-
-
-def attend_cache(q_BTHD, k_BSKD, v_BSKD, last_BT, *, scale, logit_scale, dtype):
-    """See `block.attend_cache`."""
-    masks = {"segment_ids": None, "key_segment_ids": None, "logit_scale": logit_scale}
-    return attend_block(q_BTHD, k_BSKD, v_BSKD, last_BT, scale=scale, dtype=dtype, **masks)
 
 
 def cached_attention(

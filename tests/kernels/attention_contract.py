@@ -130,25 +130,42 @@ def check_that_parts_of_a_cache_merge(attend_cache, length):
     assert not np.asarray(o)[positions < 0].any()
 
 
+KEY_BLOCKS = slice(0, 48), slice(48, 96)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _merged(attend_block, q, k, v, do, q_start, ids, key_ids):
-    """Attention of 32 queries to two blocks of 48 keys, merged by their log-sum-exps, and its gradients."""
+def _merged(attend_block, q, k, v, do, lasts, ids, key_ids):
+    """Attention of 32 queries to two blocks of 48 keys, merged by their log-sum-exps, and its gradients.
+
+    Also the log-sum-exps of both blocks together.
+    """
 
     def function(q, k, v):
         parts = []
-        for start in (0, 48):
-            at = slice(start, start + 48)
-            options = {"q_start": q_start, "k_start": start, "segment_ids": ids, "key_segment_ids": key_ids[:, at]}
-            parts.append(attend_block(q, k[:, at], v[:, at], scale=0.3, **options))
+        for at, last in zip(KEY_BLOCKS, lasts, strict=True):
+            options = {"segment_ids": ids, "key_segment_ids": key_ids[:, at], "scale": 0.3, "dtype": jnp.float32}
+            parts.append(attend_block(q, k[:, at], v[:, at], last, **options))
         log_sums = jnp.stack([log_sum for _, log_sum in parts])
-        shares = jnp.exp(log_sums - jax.nn.logsumexp(log_sums, axis=0))
-        return sum(share[..., None] * o for share, (o, _) in zip(shares, parts, strict=True))
+        log_sum = jax.nn.logsumexp(log_sums, axis=0)
+        shares = jnp.exp(log_sums - log_sum)
+        return sum(share[..., None] * o for share, (o, _) in zip(shares, parts, strict=True)), log_sum
 
-    o, pull = jax.vjp(function, q, k, v)
-    return (o, *pull(do))
+    o, pull, log_sum = jax.vjp(function, q, k, v, has_aux=True)
+    return (o, *pull(do)), log_sum
 
 
-def check_that_blocks_merge(attend_block, q_start):
+@functools.partial(jax.jit, static_argnums=0)
+def _added(block_gradients, q, k, v, do, o, log_sum, lasts, ids, key_ids):
+    """The same gradients as a ring makes them: from what is known of all keys, a block of keys at a time."""
+    inner, found = jnp.sum(o * do, axis=-1), []
+    for at, last in zip(KEY_BLOCKS, lasts, strict=True):
+        options = {"segment_ids": ids, "key_segment_ids": key_ids[:, at], "scale": 0.3}
+        found.append(block_gradients(q, k[:, at], v[:, at], do, log_sum, inner, last, **options))
+    dq, dk, dv = zip(*found, strict=True)
+    return sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
+
+
+def check_that_blocks_merge(attend_block, block_gradients, q_start):
     """Blocks of a longer sequence, merged by their log-sum-exps, are attention to the whole of it; gradients too."""
     q, k, v, do = random_inputs(2, 32, 96, 4, 2, 32)
     key_ids = np.cumsum(np.arange(96) % 37 == 36)[None].repeat(2, 0).astype(np.int32)
@@ -163,5 +180,9 @@ def check_that_blocks_merge(attend_block, q_start):
     with jax.enable_x64(True):
         o, pull = jax.vjp(plain, *(np.asarray(x, np.float64) for x in (q, k, v)))
         right = (o, *pull(jnp.asarray(do, jnp.float64)))
-    for got, wanted in zip(_merged(attend_block, q, k, v, do, q_start, ids, key_ids), right, strict=True):
-        assert relative_error(got, wanted) <= FLOAT32
+    ahead = (q_start + np.arange(32) - at.start for at in KEY_BLOCKS)
+    lasts = tuple(np.clip(last, -1, 47)[None].astype(np.int32) for last in ahead)
+    got, log_sum = _merged(attend_block, q, k, v, do, lasts, ids, key_ids)
+    added = _added(block_gradients, q, k, v, do, got[0], log_sum, lasts, ids, key_ids)
+    for found, wanted in zip((*got, *added), (*right, *right[1:]), strict=True):
+        assert relative_error(found, wanted) <= FLOAT32

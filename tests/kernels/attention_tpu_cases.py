@@ -35,9 +35,9 @@ def sharded_sequence(length, topology, width=128, heads=16, kv_heads=8, backward
         return jax.lax.all_gather(x, "sequence", axis=1, tiled=True)
 
     def forward(q, k, v, ids):
-        start = jax.lax.axis_index("sequence") * (length // chips)
-        options = {"q_start": start, "segment_ids": ids, "key_segment_ids": gathered(ids), "scale": 0.1}
-        return tpu.attend_block(q, gathered(k), gathered(v), **options)[0]
+        last = jax.lax.axis_index("sequence") * (length // chips) + jnp.arange(length // chips)
+        options = {"segment_ids": ids, "key_segment_ids": gathered(ids), "scale": 0.1, "dtype": q.dtype}
+        return tpu.attend_block(q, gathered(k), gathered(v), last[None], **options)[0]
 
     def gradients(q, k, v, ids, do):
         return jax.vjp(lambda q, k, v: forward(q, k, v, ids), q, k, v)[1](do)

@@ -108,12 +108,14 @@ def test_documents_bound_the_work():
         assert int(jnp.sum(found[..., 3] - found[..., 2])) == 16
 
 
-ATTEND_BLOCK = functools.partial(gpu.attend_block, sizes=SMALL, interpret=True)
+BLOCK_FUNCTIONS = [
+    functools.partial(function, sizes=SMALL, interpret=True) for function in (gpu.attend_block, gpu.block_gradients)
+]
 
 
 @pytest.mark.parametrize("q_start", [0, 40, 64])
 def test_blocks_of_keys_merge_to_the_whole(q_start):
-    check_that_blocks_merge(ATTEND_BLOCK, q_start)
+    check_that_blocks_merge(*BLOCK_FUNCTIONS, q_start)
 
 
 def test_inside_shard_map():

@@ -94,12 +94,15 @@ def test_blocks_that_do_not_meet_are_not_read():
     assert np.isnan(o[:, 16:32]).all() and np.isfinite(np.delete(o, range(16, 32), axis=1)).all()
 
 
-ATTEND_BLOCK = functools.partial(tpu.attend_block, blocks=Blocks(16, 16, 16), interpret=True)
+BLOCK_FUNCTIONS = [
+    functools.partial(function, blocks=Blocks(16, 16, 16), interpret=True)
+    for function in (tpu.attend_block, tpu.block_gradients)
+]
 
 
 @pytest.mark.parametrize("q_start", [0, 40, 64])
 def test_blocks_of_keys_merge_to_the_whole(q_start):
-    check_that_blocks_merge(ATTEND_BLOCK, q_start)
+    check_that_blocks_merge(*BLOCK_FUNCTIONS, q_start)
 
 
 @jax.jit

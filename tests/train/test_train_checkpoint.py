@@ -163,3 +163,16 @@ def test_the_next_loss_on_another_mesh_is_the_same(tmp_path):
     assert one["step"] == eight["step"] == 5
     assert one["loss"] == pytest.approx(eight["loss"], rel=1e-6)
     assert one["lr"] == eight["lr"] and one["count"] == eight["count"]
+
+
+def test_a_process_lost_while_reading_is_no_broken_checkpoint(tmp_path, monkeypatch):
+    """Nobody is told to delete it, and the run ends as one that goes on with the same command."""
+    run(tmp_path, make_stage(steps=1, checkpoint_every=1, warmup_steps=0))
+
+    def lost(*_, **__):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error: Connection reset by peer")
+
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", lost)
+        with pytest.raises(ValueError, match="Gloo AllGather failed"):
+            checkpoints.about(1)

@@ -72,6 +72,22 @@ def test_one_is_killed_and_all_end_and_another_mesh_goes_on(tmp_path, axes, vict
     assert same == in_this_process(tmp_path / "whole", axes, last)
 
 
+@pytest.mark.parametrize(
+    ("point", "victim"),
+    [("hypenet_jax.train.loop:place_batch", 1), ("orbax.checkpoint:PyTreeCheckpointHandler.async_save", 0)],
+    ids=["before the first step", "in the first save"],
+)
+def test_wherever_one_dies_the_other_ends_within_a_minute(tmp_path, point, victim):
+    directory, logs = tmp_path / "run", tmp_path / "logs"
+    toy = [str(HERE / "processes_toy.py"), str(directory), json.dumps({"fsdp": 2}), str(MANY), "0"]
+    command = [str(HERE.parent / "parallel" / "killed_at.py"), point, "1", str(victim), *toy]
+    with started(command, 2, logs, paths=[HERE]) as running:
+        assert running[victim].wait(timeout=240) == -signal.SIGKILL, said(logs)
+        assert codes(running, 60)[1 - victim] in (EXIT_LOST, ABORTED), said(logs)
+    assert "has lost another process" in said(logs) or "another task died" in said(logs)
+    assert read_latest(directory) is None
+
+
 def test_sigterm_to_one_saves_in_all_and_one_process_goes_on_to_the_bit(tmp_path):
     directory, logs, axes = tmp_path / "run", tmp_path / "run-logs", {"fsdp": 2, "tensor": 2}
     with start(directory, axes, 2, MANY, devices=2) as running:
@@ -90,6 +106,9 @@ def test_four_processes_go_on_where_one_stopped(tmp_path):
     in_this_process(directory, {"fsdp": 1}, 7)
     with start(directory, axes, 4, MANY, stop=12) as running:
         assert codes(running, 120) == [0] * 4, said(tmp_path / "run-logs")
+    # No step may have to wait for a connection: Gloo does so for 30 seconds, and compiling may take longer.
+    before, after = (tmp_path / "run-logs" / "0.log").read_text().split("toy: continuing from step 5", 1)
+    assert "[Gloo]" in before and "[Gloo]" not in after
     assert_like(records(directory)[:12], in_this_process(tmp_path / "whole", axes, 12))
     got, wanted = load_params(directory)[1], load_params(tmp_path / "whole")[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)

@@ -96,13 +96,13 @@ _attention.defvjp(_forward, _backward)
 
 
 def _gather(call: Call, q, k, v, ids, factor):
-    all_k, all_v, masks = _gathered(call, k, v, ids, factor)
-    return attend_block(q, all_k, all_v, _own_places(call, q)[None], dtype=v.dtype, **masks)
+    all_k, all_v, masks = _gathered(call, q, k, v, ids, factor)
+    return attend_block(q, all_k, all_v, dtype=v.dtype, **masks)
 
 
 def _gather_gradients(call: Call, q, k, v, ids, factor, do, log_sum, inner):
-    all_k, all_v, masks = _gathered(call, k, v, ids, factor)
-    dq, *dkv = block_gradients(q, all_k, all_v, do, log_sum, inner, _own_places(call, q)[None], **masks)
+    all_k, all_v, masks = _gathered(call, q, k, v, ids, factor)
+    dq, *dkv = block_gradients(q, all_k, all_v, do, log_sum, inner, **masks)
     shards = jax.lax.axis_size(call.axis_name)
 
     def home(d_BSKD):
@@ -115,8 +115,8 @@ def _gather_gradients(call: Call, q, k, v, ids, factor, do, log_sum, inner):
     return dq, *(home(d) for d in dkv)
 
 
-def _gathered(call: Call, k, v, ids, factor):
-    """Keys and values of the whole sequence in natural order, and the masks' arguments."""
+def _gathered(call: Call, q, k, v, ids, factor):
+    """Keys and values of the whole sequence in natural order, and what the kernels must know of them."""
 
     def whole(x_bT):
         halves = x_bT.reshape(x_bT.shape[0], 2, -1, *x_bT.shape[2:])
@@ -124,7 +124,7 @@ def _gathered(call: Call, k, v, ids, factor):
         return jnp.moveaxis(blocks, 0, 1).reshape(x_bT.shape[0], -1, *x_bT.shape[2:])
 
     key_ids = None if ids is None else whole(ids)
-    return whole(k), whole(v), _masks(call, ids, key_ids, factor)
+    return whole(k), whole(v), _masks(call, _own_places(call, q), ids, key_ids, factor)
 
 
 def _ring(call: Call, q, k, v, ids, factor):
@@ -132,9 +132,8 @@ def _ring(call: Call, q, k, v, ids, factor):
 
     def visit(step, keys, sums):
         k, v, key_ids = keys
-        last = _last_seen(own, _source(call, step), shards)[None]
-        masks = _masks(call, ids, key_ids, factor)
-        o, log_sum = attend_block(q, k, v, last, dtype=jnp.float32, **masks)
+        masks = _masks(call, _last_seen(own, _source(call, step), shards), ids, key_ids, factor)
+        o, log_sum = attend_block(q, k, v, dtype=jnp.float32, **masks)
         return _merged(sums, (_by_lanes(o), _by_lanes(log_sum)))
 
     def body(step, carry):
@@ -153,9 +152,8 @@ def _ring_gradients(call: Call, q, k, v, ids, factor, do, log_sum, inner):
 
     def visit(step, keys, dq, dkv):
         k, v, key_ids = keys
-        last = _last_seen(own, _source(call, step), shards)[None]
-        masks = _masks(call, ids, key_ids, factor)
-        found = block_gradients(q, k, v, do, log_sum, inner, last, **masks)
+        masks = _masks(call, _last_seen(own, _source(call, step), shards), ids, key_ids, factor)
+        found = block_gradients(q, k, v, do, log_sum, inner, **masks)
         added = jax.tree.map(jnp.add, (dq, *dkv), found)
         return added[0], _passed_on(call, added[1:])
 
@@ -211,5 +209,6 @@ def _last_seen(own_T, shard, shards: int):
     return sum(jnp.clip(own_T - start + 1, 0, half) for start in starts) - 1
 
 
-def _masks(call: Call, ids, key_ids, factor) -> dict:
-    return {"segment_ids": ids, "key_segment_ids": key_ids, "scale": call.scale, "logit_scale": factor}
+def _masks(call: Call, last_T, ids, key_ids, factor) -> dict:
+    masks = {"last_bT": last_T[None], "segment_ids": ids, "key_segment_ids": key_ids}
+    return masks | {"scale": call.scale, "logit_scale": factor}
