@@ -83,7 +83,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _run_config(arguments: argparse.Namespace) -> None:
-    from hypenet_jax.config import load_config
     from hypenet_jax.halo import pipeline
     from hypenet_jax.halo.ablate import ablate
     from hypenet_jax.halo.compare import compare
@@ -93,21 +92,9 @@ def _run_config(arguments: argparse.Namespace) -> None:
     from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
     from hypenet_jax.train.metrics import Reporter
 
-    config = load_config(arguments.config, arguments.set)
+    wanted = {"pretrain": PretrainConfig, "compare-architectures": ComparisonConfig}
+    config = _config(arguments, wanted.get(arguments.command, ConvertConfig))
     reporter = Reporter()
-    kinds: dict[type, str] = {
-        ConvertConfig: "converting a teacher",
-        PretrainConfig: "training from scratch",
-        ComparisonConfig: "comparing architectures",
-    }
-    wanted: type = {"pretrain": PretrainConfig, "compare-architectures": ComparisonConfig}.get(
-        arguments.command, ConvertConfig
-    )
-    if not isinstance(config, wanted):
-        raise HypenetError(
-            f"{arguments.config} is a config for {kinds[type(config)]}; hypenet {arguments.command} needs one for "
-            f"{kinds[wanted]}"
-        )
     if isinstance(config, ComparisonConfig):
         reporter.message(f"the report is {compare(config, arguments.workdir, reporter)}")
         return
@@ -242,12 +229,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from hypenet_jax.config import load_config
+    from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
     from hypenet_jax.plan.compile import FULL, QUICK
     from hypenet_jax.plan.planning import plan
 
     plan(
-        load_config(arguments.config, arguments.set),
+        _config(arguments, ConvertConfig, PretrainConfig),
         [name for names in arguments.topology for name in names.split(",")],
         arguments.mesh,
         arguments.stages,
@@ -274,14 +261,21 @@ def _scaling(arguments: argparse.Namespace) -> None:
 
 
 def _conversion(arguments: argparse.Namespace) -> Any:
-    """The config, which has to be one for converting a teacher."""
-    from hypenet_jax.config import load_config
     from hypenet_jax.halo.settings import ConvertConfig
 
+    return _config(arguments, ConvertConfig)
+
+
+def _config(arguments: argparse.Namespace, *wanted: type) -> Any:
+    """The config that the command names, which has to be of a kind that is wanted."""
+    from hypenet_jax.config import KINDS, load_config
+
     config = load_config(arguments.config, arguments.set)
-    if not isinstance(config, ConvertConfig):
+    if not isinstance(config, wanted):
+        needed = " or ".join(KINDS[kind] for kind in wanted)
         raise HypenetError(
-            f"{arguments.config} is no config for converting a teacher; hypenet {arguments.command} needs one"
+            f"{arguments.config} is a config for {KINDS[type(config)]}; hypenet {arguments.command} needs one for "
+            f"{needed}"
         )
     return config
 

@@ -21,6 +21,11 @@ from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
 from hypenet_jax.parallel.presets import preset
 
 AnyConfig = ConvertConfig | PretrainConfig | ComparisonConfig
+KINDS: dict[type, str] = {
+    ConvertConfig: "converting a teacher",
+    PretrainConfig: "training from scratch",
+    ComparisonConfig: "comparing architectures",
+}
 
 
 def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> AnyConfig:
