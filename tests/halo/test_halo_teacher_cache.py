@@ -9,13 +9,19 @@ import jax
 import numpy as np
 import pytest
 
+import hypenet_jax as hn
 from hypenet_jax.cli import main
 from hypenet_jax.data import teacher_rows
+from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.data.teacher_rows import TeacherRows, read_output, write_file
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo import teacher_cache
+from hypenet_jax.halo.corpus import stage_batches
+from hypenet_jax.halo.distill import cached_distillation_loss, distillation_loss
 from hypenet_jax.parallel.mesh import make_mesh
 from hypenet_jax.parallel.rules import param_shardings
+from hypenet_jax.train.loop import place_batch
+from hypenet_jax.train.stage import StageConfig
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
@@ -133,6 +139,49 @@ def test_records_are_what_was_written(tmp_path):
     (tmp_path / output.files[1]).unlink()
     with pytest.raises(HypenetError, match="rows-00001.array_record is missing"):
         TeacherRows(tmp_path)
+
+
+def test_every_bfloat16_comes_back_to_the_bit(tmp_path):
+    """All 65,536 of them: infinities, NaNs with what they carry, subnormal numbers, both zeros."""
+    numbers = {"start_token": 0, "seq_len": 64, "rows": 4, "rows_a_file": 4}
+    output = teacher_rows.TeacherOutput("hidden", 256, "bfloat16", teacher="a", data="b", **numbers)
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(4, 64, 256)
+    rows = bits.view(output.arrays["teacher_hidden"][1])
+    write_file(tmp_path / output.files[0], output, ({"teacher_hidden": row} for row in rows))
+    (tmp_path / "meta.json").write_text(json.dumps(dataclasses.asdict(output) | {"format": 1}))
+    np.testing.assert_array_equal(TeacherRows(tmp_path)(np.arange(4))["teacher_hidden"].view(np.uint16), bits)
+
+
+def test_a_stage_reads_what_a_bfloat16_teacher_says_to_the_bit(finished, byte_teacher, tmp_path):
+    """A CPU does not train in bfloat16, but a teacher's hidden states it computes."""
+    model, params = hn.load(byte_teacher)
+    teacher, mesh = dataclasses.replace(model, dtype="bfloat16"), make_mesh(None, jax.devices()[:1])
+    text = PackedTokens(finished / "data" / "train", model.tokenizer)
+    stage = StageConfig(steps=3, batch_size=4, seq_len=64, peak_lr=1e-3, end_lr=1e-5, warmup_steps=1)
+    output = teacher_cache.output_of(teacher, teacher_cache.fingerprint(teacher, params), text, stage, start_token=256)
+    assert (output.dtype, output.row_bytes) == ("bfloat16", 64 * 32 * 2)
+    teacher_cache.write(tmp_path / "kept", output, teacher, params, text, stage.batch_size, mesh, lambda line: None)
+    rows = teacher_cache.rows_for(tmp_path / "kept", output)
+    for batch in stage_batches(text, stage, 256, seed=3, workers=0, mesh=mesh, beside=rows):
+        placed = place_batch(batch, stage, mesh)
+        live = jax.jit(teacher.hidden)(params, placed["tokens"], placed["segment_ids"])
+        assert live.dtype == placed["teacher_hidden"].dtype == "bfloat16"
+        got, wanted = (np.asarray(x).view(np.uint16) for x in (placed["teacher_hidden"], live))
+        np.testing.assert_array_equal(got, wanted)
+        assert len(np.unique(got)) > 1000
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rel"), [("float32", 1e-6), pytest.param("bfloat16", 1e-3, marks=pytest.mark.gpu)], ids=str
+)
+def test_the_loss_is_that_of_the_live_teacher(tiny, packed_batch, dtype, rel):
+    teacher, params = dataclasses.replace(tiny[0], dtype=dtype), jax.tree.map(jax.numpy.asarray, tiny[1])
+    student_params, frozen = jax.tree.map(lambda x: 0.9 * x, params), {"lm_head": params["lm_head"].astype(dtype)}
+    live = jax.jit(distillation_loss(teacher, teacher, 16))(student_params, params, packed_batch)
+    hidden = jax.jit(teacher.hidden)(params, packed_batch["tokens"], packed_batch["segment_ids"])
+    loss = jax.jit(cached_distillation_loss(teacher, teacher, 16, "hidden"))
+    kept = loss(student_params, frozen, packed_batch | {"teacher_hidden": np.asarray(hidden)})
+    assert kept[1] == live[1] and float(kept[0]) == pytest.approx(float(live[0]), rel=rel) and live[0] > 0.01
 
 
 def test_the_fingerprint_knows_weights_and_not_the_mesh(tiny):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from process_runs import codes, said, started
 
 import hypenet_jax as hn
 from hypenet_jax.evals.token_nll import token_nll
@@ -24,6 +27,7 @@ from hypenet_jax.parallel.rules import batch_sharding, changed_rules, param_shar
 from hypenet_jax.train.step import loss_and_gradients
 from kernels_pallas import compat, lightning
 
+HERE = pathlib.Path(__file__).resolve().parent
 SIZES = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 8, "head_dim": 4,
     "rope_theta": 1e4, "max_position": 64, "eos_ids": (0,), "pad_id": 0, "tie_embeddings": False,
@@ -122,36 +126,65 @@ def test_on_any_mesh_too(name, axes, microbatches, remat, exchange):
     check(name, axes, microbatches, remat=remat, exchange=exchange)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "seq": 2, "tensor": 2}, {"seq": 8}], ids=names)
-def test_the_loss_of_every_token_and_the_fitted_scale_are_those_of_one_device(axes):
-    """Of 21 tokens, which no number of devices divides."""
+def measured(params):
+    """Losses token by token and with each scale, of 21 tokens, which no number of devices divides."""
     windows = np.random.default_rng(7).integers(0, 64, (3, 22)).astype(np.int32)
     ids = np.repeat([[0] * 8 + [1] * 13], 3, axis=0).astype(np.int32)
+    fitted = fit_scale(STUDENT, params, windows, [20.0, 50.0, 100.0], batch_size=2)
+    return token_nll(STUDENT, params, windows[:, :-1], windows[:, 1:], ids, token_chunk=12), fitted["loss"]
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "seq": 2, "tensor": 2}, {"seq": 8}], ids=names)
+def test_the_loss_of_every_token_and_the_fitted_scale_are_those_of_one_device(axes):
     params, mesh = draw(STUDENT, 2), make_mesh(axes)
-
-    def measured(params):
-        fitted = fit_scale(STUDENT, params, windows, [20.0, 50.0, 100.0], batch_size=2)
-        return token_nll(STUDENT, params, windows[:, :-1], windows[:, 1:], ids, token_chunk=12), fitted
-
     (nll, right), fitted = measured(params)
     params = jax.device_put(params, param_shardings(STUDENT.param_axes(), params, mesh))
     with jax.set_mesh(mesh):
         (got, got_right), got_fitted = measured(params)
     np.testing.assert_allclose(got, nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(got_right, right)
-    np.testing.assert_allclose(got_fitted["loss"], fitted["loss"], rtol=1e-6)
+    np.testing.assert_allclose(got_fitted, fitted, rtol=1e-6)
+
+
+def generated(params):
+    """Of prompts of several chunks; under seq the wide ones are split, the narrow ones and the steps are not."""
+    prompts, options = [list(range(1, 42)), [7], [1, 2, 9]], {"stop_ids": [], "prefill_chunk": 32}
+    return hn.generate(STUDENT, params, prompts, max_new_tokens=6, **options)
 
 
 @pytest.mark.parametrize(
     "axes", [{"fsdp": 2, "tensor": 4}, {"tensor": 8}, {"seq": 8}, {"data": 2, "seq": 2, "tensor": 2}], ids=names
 )
 def test_generation_gives_the_tokens_of_one_device(axes):
-    """Prompts of several chunks, of which under seq the wide ones are split and the narrow ones and steps are not."""
-    prompts, mesh, params = [list(range(1, 42)), [7], [1, 2, 9]], make_mesh(axes), draw(STUDENT, 2)
-    options = {"max_new_tokens": 6, "stop_ids": [], "prefill_chunk": 32}
-    wanted = hn.generate(STUDENT, params, prompts, **options)
+    mesh, params = make_mesh(axes), draw(STUDENT, 2)
     spread = jax.device_put(params, param_shardings(STUDENT.param_axes(), params, mesh))
-    assert hn.generate(STUDENT, spread, prompts, **options) == wanted  # the mesh is the parameters'
+    assert generated(spread) == generated(params)  # the mesh is the parameters'
+
+
+@pytest.mark.parametrize(
+    ("axes", "what"),
+    [({"seq": 2}, ("distill", "generated", "measured")), ({"fsdp": 2, "seq": 2}, ("align", "finetune"))],
+    ids=["seq2", "fsdp2-seq2"],
+)
+def test_positions_may_be_split_between_processes(axes, what, tmp_path):
+    """Training, generation, evaluation; each process has a part of every row."""
+    command = [str(HERE / "seq_over_processes.py"), json.dumps(axes), str(tmp_path / "found"), *what]
+    with started(command, 2, tmp_path / "logs", devices=len(axes), paths=[HERE]) as running:
+        assert codes(running, 600) == [0, 0], said(tmp_path / "logs")
+    got, wanted, params = np.load(tmp_path / "found.npz"), {}, draw(STUDENT, 2)
+    for name in what:
+        if name in STAGES:
+            (loss, metrics), gradients = on_one_device(name)
+            wanted[name] = loss, metrics["count"], gradients
+        else:
+            wanted[name] = {"generated": generated, "measured": measured}[name](params)
+    leaves = jax.tree_util.tree_leaves_with_path(wanted)
+    assert len(leaves) == len(got.files)
+    for path, array in leaves:
+        name = jax.tree_util.keystr(path)
+        found, array = got[name].astype(np.float64), np.asarray(array, np.float64)
+        assert found.shape == array.shape
+        assert np.linalg.norm(found - array) <= 1e-5 * np.linalg.norm(array) + 1e-12, name
 
 
 def test_no_device_holds_the_whole_cache():
