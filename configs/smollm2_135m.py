@@ -10,7 +10,7 @@ held-out one with some documents of more than 16,384 tokens.
 Planned for one H100 (set XLA_PYTHON_CLIENT_MEM_FRACTION=.95 and JAX_COMPILATION_CACHE_DIR), not yet run on one.
 Tokens/s are estimates: `hypenet bench train` gave 29,190 at 45% of peak for the 2B student's stage 2; here products are
 576 wide, so about 14% of peak is assumed for stages 2 and 3. GFLOP a token are those of hypenet_jax/plan/flops.py. The
-compiler plans 9.6, 19.7 and about 20 GiB of temporaries for the stages' steps (an H100 that was not there, jax 0.10.2).
+compiler plans about 10, 20 and 21 GiB of temporaries for the stages' steps (an H100 that was not there, jax 0.10.2).
 
     step        tokens    rows x length  steps  GFLOP/token  tokens/s   minutes  compiled, minutes
     start                                                                   1.0  teacher, packing
@@ -76,7 +76,7 @@ def get_config():
     # The mean square of the teacher's mixers goes from 0.015 (layer 0) to 66 (layer 24): a global clip and Adam's usual
     # eps would let the loud layers decide how fast the quiet ones learn.
     quiet = dict(clip_norm=100.0, eps=1e-12)
-    config.align = dict(steps=700, batch_size=64, seq_len=512, peak_lr=1e-3, end_lr=5e-5, **quiet, **shared)
+    config.align = dict(steps=700, batch_size=64, seq_len=512, peak_lr=2e-3, end_lr=1e-4, **quiet, **shared)
     config.select = dict(method="kl-ls", questions=64, length=1024, batch_size=16, answer_budget=32)
     config.distill = dict(steps=1250, batch_size=64, seq_len=512, peak_lr=6e-4, end_lr=3e-5, **shared)
     config.finetune = dict(steps=560, batch_size=2, seq_len=16_384, peak_lr=2e-4, end_lr=1e-5, **shared)
