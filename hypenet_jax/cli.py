@@ -89,6 +89,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
     from hypenet_jax.halo.compare_selection import compare as compare_selection
     from hypenet_jax.halo.compare_settings import ComparisonConfig
     from hypenet_jax.halo.pretrain import pretrain
+    from hypenet_jax.halo.run import open_run
     from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
     from hypenet_jax.train.metrics import Reporter
 
@@ -114,7 +115,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "evaluate": pipeline.evaluate,
         "ablate": lambda run: ablate(run, arguments.study),
     }
-    steps[arguments.command](pipeline.open_run(config, arguments.workdir, reporter, _whole_run(arguments)))
+    steps[arguments.command](open_run(config, arguments.workdir, reporter, _whole_run(arguments)))
 
 
 def _whole_run(arguments: argparse.Namespace) -> str:

@@ -375,7 +375,7 @@ def test_control_c(program, tmp_path, capsys, monkeypatch):
     def interrupt(*_arguments, **_settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hypenet_jax.halo.pipeline.open_run", interrupt)
+    monkeypatch.setattr("hypenet_jax.halo.run.open_run", interrupt)
     assert main(["convert", "--config", str(program), "--workdir", str(tmp_path / "run")]) == 130
     assert "the same command continues" in capsys.readouterr().err
     monkeypatch.setattr("hypenet_jax.hub.load", interrupt)

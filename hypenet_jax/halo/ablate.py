@@ -24,7 +24,7 @@ from hypenet_jax.evals.report_studies import write_study
 from hypenet_jax.halo import corpus, pipeline
 from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
 from hypenet_jax.halo.distill import EXACT_KL, distillation_loss
-from hypenet_jax.halo.pipeline import Run
+from hypenet_jax.halo.run import Run, start_student, student_of, transferred
 from hypenet_jax.halo.studies import STUDIES, Study, Variant, check, stage_of, steps_of
 from hypenet_jax.halo.workdir import read_json, timed, write_json
 from hypenet_jax.model import LanguageModel
@@ -135,8 +135,8 @@ class Bench:
     def __init__(self, run: Run):
         self.run, self.frozen = run, run.frozen
         self.layers: tuple[int, ...] = tuple(read_json(run.workdir / "select.json")["layers"])
-        self.student = pipeline.student_of(run)
-        self.rnn = pipeline.transferred(run, ())[0]
+        self.student = student_of(run)
+        self.rnn = transferred(run, ())[0]
         self._essays: list[str] | None = None
         chunk = run.config.distill.token_chunk
         self._alignment = alignment_loss(run.teacher, self.rnn)
@@ -153,15 +153,15 @@ class Bench:
         start = corpus.stage_tokens(run.config.align) + number * (align + distill) * each
         found: dict[str, Any] = {"align": []}
         if study.aligns:
-            student, params = pipeline.transferred(run, self.layers, variant.start, seed)
-            mixers = mixers_of(pipeline.transferred(run, (), variant.start, seed)[1], self.rnn.config.num_layers)
+            student, params = transferred(run, self.layers, variant.start, seed)
+            mixers = mixers_of(transferred(run, (), variant.start, seed)[1], self.rnn.config.num_layers)
             if align:
                 stage = stage_of(run.config, "align", align, variant)
                 mixers, found["align"] = self._phase("align", study, variant, stage, mixers, start, seed, 0)
             kept = [f"layer_{i}" for i, mixer in enumerate(student.config.mixers) if mixer == "lightning"]
             params = with_mixers(params, {name: mixers[name] for name in kept})
         else:
-            params = pipeline.start_student(run)[1]
+            params = start_student(run)[1]
         stage = stage_of(run.config, "distill", distill, variant)
         params, found["distill"] = self._phase(
             "distill", study, variant, stage, params, start + align * each, seed, align * each

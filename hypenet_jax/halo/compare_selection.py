@@ -23,7 +23,7 @@ from hypenet_jax.halo import corpus, pipeline, precheck, select
 from hypenet_jax.halo.align import with_mixers
 from hypenet_jax.halo.either import EitherModel, either_loss, either_tree
 from hypenet_jax.halo.gate_search import GateSearch
-from hypenet_jax.halo.pipeline import Run
+from hypenet_jax.halo.run import Run, transferred
 from hypenet_jax.halo.settings import EvaluateConfig
 from hypenet_jax.halo.workdir import read_json, timed, write_json
 from hypenet_jax.model.serialize import config_to_dict
@@ -233,8 +233,8 @@ class _Students:
 
     def _prepare(self) -> None:
         run, every = self._run, range(self._num_layers)
-        student, attention = pipeline.transferred(run, every)
-        rnn, lightning = pipeline.transferred(run, ())
+        student, attention = transferred(run, every)
+        rnn, lightning = transferred(run, ())
         aligned = with_mixers(lightning, self._mixers)
         self._model = EitherModel(rnn)
         self._params = either_tree(attention, aligned, self._num_layers)

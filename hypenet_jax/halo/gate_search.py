@@ -6,15 +6,16 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hypenet_jax.halo import corpus, select, transfer
+from hypenet_jax.halo import corpus, select
 from hypenet_jax.halo.align import mixers_of
 from hypenet_jax.halo.gate_batches import GateBatches, packed_retrieval
 from hypenet_jax.halo.gates import gate_loss, gate_stage
+from hypenet_jax.halo.run import Run, student_model
 from hypenet_jax.halo.settings import GateSearchConfig
 from hypenet_jax.halo.workdir import DATA
 from hypenet_jax.model import LanguageModel
@@ -24,9 +25,6 @@ from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.loop import train
 from hypenet_jax.train.stage import StageConfig
 from hypenet_jax.train.step import abstract_state, make_step
-
-if TYPE_CHECKING:
-    from hypenet_jax.halo.pipeline import Run
 
 DIRECTORY = "gate-search"
 
@@ -45,9 +43,7 @@ class GateSearch:
     @property
     def student(self) -> LanguageModel:
         """The model of Lightning layers alone."""
-        wanted = self.run.config.student
-        config = transfer.student_of(self.run.teacher.config, (), wanted.position, wanted.qk_norm)
-        return dataclasses.replace(self.run.teacher, config=config)
+        return student_model(self.run, ())
 
     @functools.cached_property
     def stage(self) -> StageConfig:

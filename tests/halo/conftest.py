@@ -64,7 +64,7 @@ def convert_config(tmp_path_factory, byte_teacher, documents_file) -> pathlib.Pa
 def finished(tmp_path_factory, convert_config) -> pathlib.Path:
     """The work directory of an uninterrupted `hypenet convert`. Tests leave it as it is."""
     with pytest.MonkeyPatch.context() as patch, alone(tmp_path_factory.getbasetemp()):
-        patch.setattr("hypenet_jax.halo.pipeline.make_mesh", one_device)
+        patch.setattr("hypenet_jax.halo.run.make_mesh", one_device)
         directory = tmp_path_factory.mktemp("conversion") / "run"
         assert main(["convert", "--config", str(convert_config), "--workdir", str(directory)]) == 0
     return directory

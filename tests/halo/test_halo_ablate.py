@@ -11,7 +11,7 @@ from hypenet_jax.cli import main
 from hypenet_jax.config import load_config
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo import ablate as module
-from hypenet_jax.halo import pipeline
+from hypenet_jax.halo.run import open_run, start_student
 from hypenet_jax.halo.settings import AblateConfig, ObjectiveConfig
 from hypenet_jax.halo.studies import STUDIES, Study, Variant, check, stage_of, steps_of
 from hypenet_jax.train.metrics import SilentReporter
@@ -45,7 +45,7 @@ def base(finished, tmp_path):
 @pytest.fixture
 def bench(base, convert_config):
     overrides = [f"ablate.{k}={v}" for k, v in SMALL.items()]
-    return module.Bench(pipeline.open_run(load_config(convert_config, overrides), base, SilentReporter()))
+    return module.Bench(open_run(load_config(convert_config, overrides), base, SilentReporter()))
 
 
 def test_what_cells_share_and_what_they_change(bench):
@@ -73,7 +73,7 @@ def test_the_held_out_measurement_is_the_loss(bench):
     """Against the pipeline's own loss on one batch of the held-out rows, padding rows left out."""
     from hypenet_jax.halo.distill import distillation_loss
 
-    student, params = pipeline.start_student(bench.run)
+    student, params = start_student(bench.run)
     stage = stage_of(bench.run.config, "distill", 4, STUDY.variants[0])
     measured = bench._measure("distill", params, stage)
     tokens, starts = bench.run.heldout.rows(np.arange(6) * 64, 65)

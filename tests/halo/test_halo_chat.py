@@ -17,6 +17,7 @@ from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.halo import corpus, pipeline, precheck
+from hypenet_jax.halo.run import Run
 from hypenet_jax.parallel.mesh import make_mesh
 
 TEMPLATE = (
@@ -56,7 +57,7 @@ def test_only_stage_3_learns_completions(config, packed, tiny, tmp_path, monkeyp
     monkeypatch.setattr(pipeline, "train", lambda *, name, batches, **_: (seen.setdefault(name, next(batches)), 0))
     model, params = tiny
     mesh = make_mesh(None, jax.devices()[:1])
-    run = pipeline.Run(config, tmp_path, mesh, model, params, packed, packed, None)
+    run = Run(config, tmp_path, mesh, model, params, packed, packed, None)
     for name in ("align", "distill", "finetune"):
         pipeline._train(run, name, None, model, params, model.param_axes(), None, 0)
     # Three stages with the same rows: only the last leaves the prompts out.

@@ -34,14 +34,14 @@ def told(table):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, convert_config):
     """A work directory that `compare-selection` alone has made."""
-    from hypenet_jax.halo import pipeline
+    from hypenet_jax.halo import run
 
     directory = tmp_path_factory.mktemp("comparison") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        whole = pipeline.make_mesh
+        whole = run.make_mesh
         import jax
 
-        patch.setattr(pipeline, "make_mesh", lambda axes: whole(axes, jax.devices()[:1]))
+        patch.setattr(run, "make_mesh", lambda axes: whole(axes, jax.devices()[:1]))
         assert main(command(convert_config, directory)) == 0
     return directory
 

@@ -20,11 +20,11 @@ CHILD = """
 import os, signal, sys
 import jax
 from hypenet_jax.cli import main
-from hypenet_jax.halo import pipeline
+from hypenet_jax.halo import run
 
 config, directory, part, left = *sys.argv[1:4], int(sys.argv[4])
-make_mesh = pipeline.make_mesh
-pipeline.make_mesh = lambda axes: make_mesh(axes, jax.devices()[:1])
+make_mesh = run.make_mesh
+run.make_mesh = lambda axes: make_mesh(axes, jax.devices()[:1])
 
 def watch(event, arguments):
     global left
