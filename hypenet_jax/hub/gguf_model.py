@@ -11,7 +11,7 @@ import numpy as np
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.hub import gguf_names, params
 from hypenet_jax.hub.gguf_rope import recover_scaling
-from hypenet_jax.hub.gguf_tokenizer import end_ids, read_tokenizer
+from hypenet_jax.hub.gguf_tokenizer import end_ids, first_id, read_tokenizer
 from hypenet_jax.hub.params import Place
 from hypenet_jax.model.config import ModelConfig
 
@@ -127,7 +127,7 @@ def read_config(file: GgufFile) -> ModelConfig:
         rope_scaling=scaling,
         attention_rope=True,
         max_position=_required(file, f"{family}.context_length"),
-        bos_id=file.metadata("tokenizer.ggml.bos_token_id"),
+        bos_id=first_id(file.metadata),
         eos_ids=end_ids(file.metadata),
         pad_id=file.metadata("tokenizer.ggml.padding_token_id"),
     )

@@ -89,11 +89,16 @@ def read_tokenizer(metadata: Metadata, where: str) -> Tokenizer | None:
         json=library.to_str(),
         eos_id=stop_ids[0],
         pad_id=stop_ids[0] if pad_id is None else int(pad_id),
-        # A token that the file names but says not to put before a text is none: SmolLM2's opens a chat turn.
-        bos_id=None if metadata("tokenizer.ggml.add_bos_token") is False else metadata("tokenizer.ggml.bos_token_id"),
+        bos_id=first_id(metadata),
         stop_ids=stop_ids,
         chat_template=metadata("tokenizer.chat_template"),
     )
+
+
+def first_id(metadata: Metadata) -> int | None:
+    """The token before every text; one that the file says not to add is none (SmolLM2's opens a chat turn)."""
+    added = metadata("tokenizer.ggml.add_bos_token") is not False
+    return metadata("tokenizer.ggml.bos_token_id") if added else None
 
 
 def end_ids(metadata: Metadata) -> tuple[int, ...]:

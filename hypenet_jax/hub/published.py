@@ -28,7 +28,6 @@ _SMOLLM2: dict[str, Any] = {
     "norm_eps": 1e-5,
     "rope_theta": 1e5,
     "max_position": 8192,
-    "bos_id": 1,
     "eos_ids": (2,),
     "pad_id": 2,
 }

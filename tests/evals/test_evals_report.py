@@ -136,7 +136,7 @@ def test_a_whole_work_directory_is_shown(workdir):
     for fact in ("1 x cpu", "Wall time, align", "1 h 01 min", "together</td><td>2 h 01 min", "Seed</td><td>3<"):
         assert fact in made
     for fact in (
-        "125K tokens/s",
+        "125k tokens/s",
         "Tiny-1B → HypeNet",
         "1 of 4 layers",
         "13.250",
