@@ -53,7 +53,7 @@ COMMANDS = {
     ),
     "ablate": (
         "compare recipes by short runs from one base: start, masters, kl, lengths, documents",
-        "hypenet ablate --config configs/demo.py --workdir runs/demo --study start kl",
+        "hypenet ablate --config configs/demo.py --workdir runs/demo --study start masters",
     ),
     "report": ("write the HTML report of a work directory", "hypenet report runs/demo"),
     "qk-restore": (

@@ -425,5 +425,5 @@ def test_a_full_disk(small_disk, byte_teacher, documents_file, program, refused)
     refused("No space left", "convert", "--config", program, "--workdir", directory / "other", keeps=False)
     small_disk(500)
     refused("a checkpoint in", *convert, keeps=False)
-    assert sorted(path.name for path in (directory / "run").iterdir()) == ["align", "config.json", "data"]
+    assert sorted(path.name for path in (directory / "run").iterdir()) == ["align", "config.json", "data", "run.json"]
     assert list((directory / "run" / "align" / "checkpoints").iterdir()) == []

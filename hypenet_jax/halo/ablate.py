@@ -161,12 +161,17 @@ class Bench:
             kept = [f"layer_{i}" for i, mixer in enumerate(student.config.mixers) if mixer == "lightning"]
             params = with_mixers(params, {name: mixers[name] for name in kept})
         else:
-            params = start_student(run)[1]
+            params = self._aligned
         stage = stage_of(run.config, "distill", distill, variant)
         params, found["distill"] = self._phase(
             "distill", study, variant, stage, params, start + align * each, seed, align * each
         )
         return found | {"needles": self._needles(params)}
+
+    @functools.cached_property
+    def _aligned(self) -> dict:
+        """The student as stage 2 of the base starts it."""
+        return start_student(self.run)[1]
 
     def _phase(
         self, name: str, study: Study, variant: Variant, stage: StageConfig, params, start: int, seed: int, before: int
