@@ -12,8 +12,7 @@ import matplotlib
 from hypenet_jax.evals import comparison_plots
 from hypenet_jax.evals.intervals import wilson
 from hypenet_jax.evals.report_axes import STYLE, short, short_length, svg
-from hypenet_jax.evals.report_parts import card, drawn, missing, provenance, section, table
-from hypenet_jax.evals.report_style import CSS
+from hypenet_jax.evals.report_parts import card, document, drawn, missing, provenance, section, table
 
 # Figures 4 and 8 of arXiv 2601.22156 (500M parameters, 20B tokens at 4K): HypeNet at 64 times its training length.
 _PAPER = (64, "93.5%")
@@ -22,15 +21,12 @@ _PAPER = (64, "93.5%")
 def page(found: dict[str, Any], mark: str) -> str:
     """The document, from what `comparison.gather` returns; `mark` is a <meta> element that says who wrote it."""
     title = f"{found['name']}: architectures from scratch"
-    body = "\n".join(part(found) for part in (_figure, _accuracy, _networks, _training, provenance))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{mark}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f"{_header(found, title)}\n{body}\n"
-        "<footer>Written by hypenet_jax. The numbers behind this page are in report.json beside it, the first figure "
-        "in figure.png.</footer>\n</body>\n</html>\n"
+    parts = [part(found) for part in (_figure, _accuracy, _networks, _training, provenance)]
+    footer = (
+        "Written by hypenet_jax. The numbers behind this page are in report.json beside it, the first figure in "
+        "figure.png."
     )
+    return document(title, mark, _header(found, title), parts, footer)
 
 
 def picture(found: dict[str, Any]) -> bytes:

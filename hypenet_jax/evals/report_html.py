@@ -12,15 +12,8 @@ from typing import Any
 from hypenet_jax.evals import report_needles, report_plots
 from hypenet_jax.evals.report import MODELS, STAGES, ordered
 from hypenet_jax.evals.report_axes import short, short_length
-from hypenet_jax.evals.report_parts import beside as _beside
-from hypenet_jax.evals.report_parts import card as _card
-from hypenet_jax.evals.report_parts import clock as _clock
-from hypenet_jax.evals.report_parts import drawn as _drawn
-from hypenet_jax.evals.report_parts import missing as _missing
-from hypenet_jax.evals.report_parts import provenance as _provenance
-from hypenet_jax.evals.report_parts import section as _section
-from hypenet_jax.evals.report_parts import table as _table
-from hypenet_jax.evals.report_style import ATTENTION, CSS, LIGHTNING, model_colour, model_name
+from hypenet_jax.evals.report_parts import beside, card, clock, document, drawn, missing, provenance, section, table
+from hypenet_jax.evals.report_style import ATTENTION, LIGHTNING, model_colour, model_name
 
 _STAGE_NAMES = {
     "align": ("Alignment", "MSE between the mixers' outputs"),
@@ -33,16 +26,9 @@ _STAGE_NAMES = {
 def page(found: dict[str, Any], mark: str) -> str:
     """The document, from what `report.gather` returns; `mark` is a <meta> element that says who wrote it."""
     title = _title(found)
-    sections = [_network, _training, _selection, _scaling, _perplexity, _needles, _samples, _provenance]
-    body = "\n".join(section(found) for section in sections)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{mark}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f"{_header(found, title)}\n{body}\n"
-        "<footer>Written by hypenet_jax. The numbers behind this page are in report.json beside it.</footer>\n"
-        "</body>\n</html>\n"
-    )
+    sections = [_network, _training, _selection, _scaling, _perplexity, _needles, _samples, provenance]
+    footer = "Written by hypenet_jax. The numbers behind this page are in report.json beside it."
+    return document(title, mark, _header(found, title), [part(found) for part in sections], footer)
 
 
 def _title(found: dict[str, Any]) -> str:
@@ -68,7 +54,7 @@ def _header(found: dict[str, Any], title: str) -> str:
     trained = _tokens_trained(found)
     seconds = sum(t or 0 for t in ((found["run"] or {}).get("seconds") or {}).values())
     if trained:
-        took = f"; all steps took {_clock(seconds)}" if seconds else ""
+        took = f"; all steps took {clock(seconds)}" if seconds else ""
         lines.append(f"Trained on {short(trained)} tokens{took}.")
     return (
         f'<header>\n<p class="eyebrow">hypenet_jax · {found["kind"]} report · '
@@ -84,9 +70,9 @@ def _cards(found: dict[str, Any]) -> list[str]:
     values = {m: (models.get(m) or {}).get("perplexity") for m in {name, "teacher"}}
     if values[name] is not None:
         note = f"teacher {values['teacher']:.2f}" if values.get("teacher") and name != "teacher" else ""
-        cards.append(_card("Perplexity, held-out documents", f"{values[name]:.2f}", note))
+        cards.append(card("Perplexity, held-out documents", f"{values[name]:.2f}", note))
     else:
-        cards.append(_card("Perplexity, held-out documents", "–", "not measured"))
+        cards.append(card("Perplexity, held-out documents", "–", "not measured"))
     rows = [r for r in found["accuracy"] if r["accuracy"] is not None]
     lengths = sorted({r["length"] for r in rows})
     trained = (found["eval"] or {}).get("train_length")
@@ -98,20 +84,20 @@ def _cards(found: dict[str, Any]) -> list[str]:
         own, other = (_mean_accuracy(rows, m, length) for m in (name, "teacher"))
         if own is not None:
             note = f"teacher {other:.0%}" if other is not None and name != "teacher" else ""
-            cards.append(_card(label, f"{own:.0%}", note))
+            cards.append(card(label, f"{own:.0%}", note))
     fit = found["fit_scale"] or {}
     if fit.get("a"):
         gain = ""
         if fit.get("loss_unscaled") is not None and fit.get("loss"):
             gain = f"loss {min(v for v in fit['loss'] if v is not None):.3f}, unscaled {fit['loss_unscaled']:.3f}"
-        cards.append(_card("Fitted a of the query scaling", f"{fit['a']:.4g}", gain))
+        cards.append(card("Fitted a of the query scaling", f"{fit['a']:.4g}", gain))
     return cards
 
 
 def _network(found: dict[str, Any]) -> str:
     who = [(name, found[name]) for name in ("teacher", "student") if found[name]]
     if not who:
-        return _section("Network", _missing("the network", "config.json and export/config.json are not there"))
+        return section("Network", missing("the network", "config.json and export/config.json are not there"))
     strips = "".join(
         f'<div class="who">{model_name(name if _converts(found) else "model")}</div>{_strip(facts["mixers"])}'
         for name, facts in who
@@ -119,7 +105,7 @@ def _network(found: dict[str, Any]) -> str:
     )
     key = f'<div class="key"><span style="--c:{ATTENTION}">softmax attention</span>'
     key += f'<span style="--c:{LIGHTNING}">Lightning Attention</span></div>'
-    parts = [f'<div class="strips">{strips}</div>{key}' if strips else _missing("the layers", "no layers chosen yet")]
+    parts = [f'<div class="strips">{strips}</div>{key}' if strips else missing("the layers", "no layers chosen yet")]
     rows = []
     for fact, label in _FACTS.items():
         values = [facts.get(fact) for _, facts in who]
@@ -127,8 +113,8 @@ def _network(found: dict[str, Any]) -> str:
             rows.append([label, *(_fact(v) for v in values)])
     if rows:
         head = ["", *((model_name(name if _converts(found) else "model")) for name, _ in who)]
-        parts.append(f'<div class="narrow">{_table(head, rows)}</div>')
-    return _section("Network", *parts)
+        parts.append(f'<div class="narrow">{table(head, rows)}</div>')
+    return section("Network", *parts)
 
 
 _FACTS = {
@@ -171,24 +157,24 @@ def _training(found: dict[str, Any]) -> str:
     expected = [s for s in STAGES if s in found["stages"] or (_converts(found) and s != "train")]
     expected = expected or [s for s in STAGES if s in (found["config"] or {})]
     if not expected:
-        return _section("Training", _missing("the loss", "no metrics.jsonl is there"))
+        return section("Training", missing("the loss", "no metrics.jsonl is there"))
     cells = []
     for stage in expected:
         name, unit = _STAGE_NAMES[stage]
         records = found["stages"].get(stage) or []
         drawing = report_plots.loss_curve(stage, records)
         if drawing is None:
-            cells.append(f"<div><h3>{name}</h3>{_missing('this stage', 'it has not run')}</div>")
+            cells.append(f"<div><h3>{name}</h3>{missing('this stage', 'it has not run')}</div>")
             continue
         last = records[-1]
         facts = [f"loss {last['loss']:.4g} at step {last['step']:,}" if last.get("loss") is not None else ""]
         facts += [f"{short(last['tokens'])} tokens" if last.get("tokens") else ""]
-        facts += [_clock(last["seconds"]) if last.get("seconds") else ""]
+        facts += [clock(last["seconds"]) if last.get("seconds") else ""]
         rates = [record["tokens_per_second"] for record in records[1:] if record.get("tokens_per_second")]
         facts += [f"{short(statistics.median(rates))} tokens/s" if rates else ""]
         caption = f"{unit}: {', '.join(f for f in facts if f)}."
         cells.append(f"<div><h3>{name}</h3><figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure></div>")
-    return _section("Training", f'<div class="columns">{"".join(cells)}</div>')
+    return section("Training", f'<div class="columns">{"".join(cells)}</div>')
 
 
 def _selection(found: dict[str, Any]) -> str:
@@ -196,17 +182,17 @@ def _selection(found: dict[str, Any]) -> str:
         return ""
     select = found["select"]
     if not select:
-        return _section("Layer selection", _missing("the layers", "select.json is not there"))
+        return section("Layer selection", missing("the layers", "select.json is not there"))
     layers = ", ".join(map(str, select.get("layers") or ())) or "none"
     about = f"Attention stays in layers {layers} (method: {escape(str(select.get('method', 'unknown')))})."
     drawing = report_plots.layer_scores(select)
     if drawing is None:
-        return _section("Layer selection", f'<p class="about">{about} This choice needed no scores.</p>')
+        return section("Layer selection", f'<p class="about">{about} This choice needed no scores.</p>')
     caption = (
         "Score of every layer (dark: chosen to keep attention; a number above a bar: cut off), and accuracy of the "
         "teacher with that layer alone replaced. Dashed: the unchanged teacher."
     )
-    return _section("Layer selection", f'<p class="about">{about}</p>', _drawn(drawing, caption))
+    return section("Layer selection", f'<p class="about">{about}</p>', drawn(drawing, caption))
 
 
 def _scaling(found: dict[str, Any]) -> str:
@@ -215,7 +201,7 @@ def _scaling(found: dict[str, Any]) -> str:
         return ""
     drawing = report_plots.scale_fit(fit) if fit else None
     if not fit or drawing is None:
-        return _section("Query scaling", _missing("the fit of a", "fit_scale.json is not there"))
+        return section("Query scaling", missing("the fit of a", "fit_scale.json is not there"))
     where = ""
     if fit.get("documents") and fit.get("length"):
         where = f" over {fit['documents']} held-out documents of {fit['length']:,} tokens"
@@ -235,8 +221,8 @@ def _scaling(found: dict[str, Any]) -> str:
             "The same needles asked for every a, with Wilson's 95% intervals, and unscaled (dashed). The vertical line "
             "is the a that was fitted by loss."
         )
-        retrieval = f"<h3>Retrieval by a</h3>{_drawn(asked, caption)}"
-    return _section("Query scaling", about, _beside(_drawn(drawing, ""), _table(["Fit", ""], rows)), retrieval)
+        retrieval = f"<h3>Retrieval by a</h3>{drawn(asked, caption)}"
+    return section("Query scaling", about, beside(drawn(drawing, ""), table(["Fit", ""], rows)), retrieval)
 
 
 def _perplexity(found: dict[str, Any]) -> str:
@@ -245,21 +231,21 @@ def _perplexity(found: dict[str, Any]) -> str:
     rows = [[_dot(m), f"{p:.3f}"] for m, p in whole if p is not None]
     drawing = report_plots.perplexity_by_position(found["eval"] or {})
     if not rows and drawing is None:
-        return _section("Perplexity", _missing("perplexity", "eval.json does not hold it"))
+        return section("Perplexity", missing("perplexity", "eval.json does not hold it"))
     parts = []
     if drawing is not None:
         caption = "Perplexity of tokens by their position in held-out documents; lower is better."
-        parts.append(_drawn(drawing, caption))
+        parts.append(drawn(drawing, caption))
     if rows:
-        parts.append(_table(["Model", "Perplexity over all"], rows))
-    return _section("Perplexity", _beside(*parts))
+        parts.append(table(["Model", "Perplexity over all"], rows))
+    return section("Perplexity", beside(*parts))
 
 
 def _needles(found: dict[str, Any]) -> str:
     rows = found["accuracy"]
     lines = report_needles.needle_accuracy(found["eval"], rows)
     if lines is None:
-        return _section("Needle in a haystack", _missing("retrieval", "eval.json holds no needle tests"))
+        return section("Needle in a haystack", missing("retrieval", "eval.json holds no needle tests"))
     tasks = {r["task"] for r in rows}
     about = "RULER NIAH-Single: S1 hides a number in noise, S2 a number in essays, S3 a UUID in essays."
     if any(t.endswith("-like") for t in tasks):
@@ -269,7 +255,7 @@ def _needles(found: dict[str, Any]) -> str:
         about += " A needle counts as found when greedy generation would begin with the answer."
     elif answered == "generate":
         about += " A needle counts as found when the generated text contains the answer."
-    parts = [f'<p class="about">{about}</p>', _drawn(lines, "Answered needles by length, with Wilson's 95% intervals.")]
+    parts = [f'<p class="about">{about}</p>', drawn(lines, "Answered needles by length, with Wilson's 95% intervals.")]
     parts.append(_accuracy_table(rows))
     maps = report_needles.needle_maps(found["eval"])
     if maps is not None:
@@ -277,8 +263,8 @@ def _needles(found: dict[str, Any]) -> str:
             "Share answered (in %) by length and depth of the needle; hatched: not measured. "
             "Right of the dashed line lie lengths that training did not reach."
         )
-        parts += ["<h3>By depth</h3>", _drawn(maps, caption)]
-    return _section("Needle in a haystack", *parts)
+        parts += ["<h3>By depth</h3>", drawn(maps, caption)]
+    return section("Needle in a haystack", *parts)
 
 
 def _accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -306,7 +292,7 @@ def _accuracy_cell(row: dict[str, Any] | None) -> str:
 def _samples(found: dict[str, Any]) -> str:
     samples = (found["eval"] or {}).get("samples") or []
     if not samples:
-        return _section("Samples", _missing("generated text", "eval.json holds no samples"))
+        return section("Samples", missing("generated text", "eval.json holds no samples"))
     # The same prompt's continuations stand together.
     prompts = list(dict.fromkeys(str(s.get("prompt", "")) for s in samples))
     blocks = []
@@ -317,7 +303,7 @@ def _samples(found: dict[str, Any]) -> str:
             f'<div class="sample" style="--c:{model_colour(model)}"><div class="who">{escape(model_name(model))}</div>'
             f'<p><span class="prompt">{escape(shown)}</span>{escape(str(sample.get("text", "")))}</p></div>'
         )
-    return _section("Samples", '<p class="about">Greedy continuations; the prompt in grey.</p>', *blocks)
+    return section("Samples", '<p class="about">Greedy continuations; the prompt in grey.</p>', *blocks)
 
 
 def _dot(model: str) -> str:

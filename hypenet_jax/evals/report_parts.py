@@ -1,4 +1,4 @@
-"""Pieces of HTML that the report's pages are made of."""
+"""Pieces of HTML that all pages are made of: the report's and the comparisons'."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any
+
+from hypenet_jax.evals.report_style import CSS
+
+
+def document(title: str, mark: str, header: str, body: Sequence[str], footer: str) -> str:
+    """A whole page that loads nothing from anywhere.
+
+    `mark` is a <meta> element that says who wrote it; header and the parts of the body are HTML, title and footer text.
+    """
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{mark}\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{header}\n"
+        + "\n".join(part for part in body if part)
+        + f"\n<footer>{escape(footer)}</footer>\n</body>\n</html>\n"
+    )
 
 
 def section(heading: str, *parts: str) -> str:

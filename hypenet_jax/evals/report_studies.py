@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.evals.report_style import CSS
+from hypenet_jax.evals.report_parts import document, drawn, section, table
 
 COLOURS = ("#5a7fa8", "#d55e00", "#009e73", "#a05195", "#e2a72e", "#3b3b3b", "#56b4e9")
 _AXES = {
@@ -46,15 +45,12 @@ def study_page(found: dict[str, Any]) -> str:
     """The document, from what `studies.result` returns and what ran it."""
     title = f"Recipe study: {found['study']}"
     sections = (_curves(found), _outcome(found), _needles(found), _origin(found))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_MARK}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+    header = (
         f'<header>\n<p class="eyebrow">hypenet_jax · recipe study</p>\n<h1>{escape(title)}</h1>\n'
-        f'<p class="lede">{escape(found["question"])}</p>\n</header>\n' + "\n".join(s for s in sections if s) + "\n"
-        "<footer>Written by hypenet_jax. The numbers behind this page are in result.json beside it.</footer>\n"
-        "</body>\n</html>\n"
+        f'<p class="lede">{escape(found["question"])}</p>\n</header>'
     )
+    footer = "Written by hypenet_jax. The numbers behind this page are in result.json beside it."
+    return document(title, _MARK, header, sections, footer)
 
 
 def _curves(found: dict[str, Any]) -> str:
@@ -64,7 +60,7 @@ def _curves(found: dict[str, Any]) -> str:
         "their mean (bold). A seed chooses the text, its order and random gates; variants of one seed read the same."
     )
     caption = "Against all tokens that a run has read, alignment included."
-    return _section("Loss by tokens", f'<p class="about">{about}</p>', _drawn(curves(found), caption))
+    return section("Loss by tokens", f'<p class="about">{about}</p>', drawn(curves(found), caption))
 
 
 def curves(found: dict[str, Any]) -> str:
@@ -131,7 +127,7 @@ def _outcome(found: dict[str, Any]) -> str:
         "taken seed by seed from the variant named below each; a ratio above 1 means that many times its tokens to the "
         "loss that both reach. An interval that contains 0 (or 1×) shows no difference at this size."
     )
-    return _section("Outcome", f'<p class="about">{about}</p>', _table(head, rows))
+    return section("Outcome", f'<p class="about">{about}</p>', table(head, rows))
 
 
 def _needles(found: dict[str, Any]) -> str:
@@ -152,7 +148,7 @@ def _needles(found: dict[str, Any]) -> str:
         rows.append([escape(variant["label"]), *cells])
     about = "Asked of every finished cell, without scaling; seeds together, with Wilson's 95% intervals."
     head = ["Variant", *(f"{task} at {length:,}" for task, length in columns)]
-    return _section("Needles", f'<p class="about">{about}</p>', _table(head, rows))
+    return section("Needles", f'<p class="about">{about}</p>', table(head, rows))
 
 
 def _origin(found: dict[str, Any]) -> str:
@@ -168,7 +164,7 @@ def _origin(found: dict[str, Any]) -> str:
     }
     body = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
     config = escape(json.dumps(found["config"], indent=1, ensure_ascii=False))
-    return _section(
+    return section(
         "How this was made",
         f"<pre>{escape(found['command'])}</pre>",
         f'<table class="facts"><tbody>{body}</tbody></table>',
@@ -182,17 +178,3 @@ def _estimate(found: dict[str, float | None] | None, form: str) -> str:
     if found["low"] is None:
         return form.format(found["mean"])
     return f"{form.format(found['mean'])}<small>{form.format(found['low'])} to {form.format(found['high'])}</small>"
-
-
-def _section(heading: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{''.join(parts)}\n</section>"
-
-
-def _drawn(drawing: str, caption: str) -> str:
-    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

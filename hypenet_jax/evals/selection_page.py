@@ -10,7 +10,7 @@ from typing import Any
 from hypenet_jax.evals import selection_plots
 from hypenet_jax.evals.report import TASK_ORDER, ordered
 from hypenet_jax.evals.report_axes import short, short_length
-from hypenet_jax.evals.report_style import CSS
+from hypenet_jax.evals.report_parts import document, drawn, section, table
 
 _ABOUT = {
     "halo": "recall lost over common sense lost, one layer replaced at a time (HALO)",
@@ -24,35 +24,29 @@ _ABOUT = {
 }
 
 
-def page(table: dict[str, Any], mark: str) -> str:
+def page(found: dict[str, Any], mark: str) -> str:
     """The document; `mark` is a <meta> element that says who wrote it."""
-    sections = (_layers(table), _needles(table), _perplexity(table), _students(table), _provenance(table))
+    sections = (_layers(found), _needles(found), _perplexity(found), _students(found), _provenance(found))
     title = "Layer selection, compared"
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{mark}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{_header(table, title)}\n"
-        + "\n".join(sections)
-        + "\n<footer>Written by hypenet_jax. The numbers behind this page are in table.json beside it.</footer>\n"
-        "</body>\n</html>\n"
-    )
+    footer = "Written by hypenet_jax. The numbers behind this page are in table.json beside it."
+    return document(title, mark, _header(found, title), sections, footer)
 
 
-def _header(table: dict[str, Any], title: str) -> str:
-    seeds = len(table["methods"][0]["layers"])
-    stage = table["settings"]["distill"]
+def _header(found: dict[str, Any], title: str) -> str:
+    seeds = len(found["methods"][0]["layers"])
+    stage = found["settings"]["distill"]
     tokens = short(stage["steps"] * stage["batch_size"] * stage["seq_len"])
     return (
         f'<header>\n<p class="eyebrow">hypenet_jax · comparison</p>\n<h1>{title}</h1>\n'
-        f'<p class="lede">{table["keep"]} of {table["num_layers"]} layers keep attention. '
-        f"{len(table['methods'])} methods with {seeds} seed{'s' * (seeds > 1)} each made {len(table['students'])} "
+        f'<p class="lede">{found["keep"]} of {found["num_layers"]} layers keep attention. '
+        f"{len(found['methods'])} methods with {seeds} seed{'s' * (seeds > 1)} each made {len(found['students'])} "
         f"different choices; each choice was then distilled alike, on {tokens} tokens.</p>\n</header>"
     )
 
 
-def _layers(table: dict[str, Any]) -> str:
+def _layers(found: dict[str, Any]) -> str:
     rows = []
-    for method in table["methods"]:
+    for method in found["methods"]:
         chosen = "; ".join(dict.fromkeys(", ".join(map(str, layers)) or "none" for layers in method["layers"]))
         same = "–" if method["overlap"] is None else f"{method['overlap']:.0%}"
         about = f"<small>{_ABOUT[method['method']]}</small>"
@@ -64,31 +58,31 @@ def _layers(table: dict[str, Any]) -> str:
         "share one measurement, of which each is charged what it needs; stage 1, which every student needs, is not "
         "counted. "
     )
-    note += f"Overlap is the share of layers that two seeds agree on, {table['chance_overlap']:.0%} by chance."
+    note += f"Overlap is the share of layers that two seeds agree on, {found['chance_overlap']:.0%} by chance."
     head = ["Method", "Layers, by seed", "Overlap", "Tokens to choose", "Seconds to choose"]
-    drawn = _drawn(selection_plots.kept_layers(table), "Share of the seeds that keep a layer's attention.")
-    return _section("The choices", drawn, _table(head, rows), f'<p class="about">{note}</p>')
+    figure = drawn(selection_plots.kept_layers(found), "Share of the seeds that keep a layer's attention.")
+    return section("The choices", figure, table(head, rows), f'<p class="about">{note}</p>')
 
 
-def _needles(table: dict[str, Any]) -> str:
-    drawing = selection_plots.needles(table)
+def _needles(found: dict[str, Any]) -> str:
+    drawing = selection_plots.needles(found)
     if drawing is None:
-        return _section("Needle in a haystack", '<p class="missing"><b>Not measured:</b> no task was asked.</p>')
-    measured = [(m["method"], m["accuracy"]) for m in table["methods"]] + [("teacher", table["teacher"]["accuracy"])]
+        return section("Needle in a haystack", '<p class="missing"><b>Not measured:</b> no task was asked.</p>')
+    measured = [(m["method"], m["accuracy"]) for m in found["methods"]] + [("teacher", found["teacher"]["accuracy"])]
     columns = sorted(
         {(row["task"], row["length"]) for _, rows in measured for row in rows},
         key=lambda column: (ordered(column[0], TASK_ORDER), column[1]),
     )
     rows = []
-    for name, found in measured:
-        of = {(row["task"], row["length"]): row for row in found}
+    for name, accuracy in measured:
+        of = {(row["task"], row["length"]): row for row in accuracy}
         rows.append([f"<b>{name}</b>", *(_cell(of[column]) for column in columns)])
     head = ["Method", *(f"{escape(task)}, {short_length(length)}" for task, length in columns)]
     caption = (
         "Mean over seeds; 95% Wilson intervals of one evaluation's needles, which are the same for every student. "
-        f"Students were distilled at {short_length(table['train_length'])} tokens; attention is not scaled."
+        f"Students were distilled at {short_length(found['train_length'])} tokens; attention is not scaled."
     )
-    return _section("Needle in a haystack", _drawn(drawing, caption), _table(head, rows))
+    return section("Needle in a haystack", drawn(drawing, caption), table(head, rows))
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -96,27 +90,27 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.0f}%<small>{interval} · {row['correct']:g}/{row['total']:g}</small>"
 
 
-def _perplexity(table: dict[str, Any]) -> str:
+def _perplexity(found: dict[str, Any]) -> str:
     rows = [
         [f"<b>{m['method']}</b>", f"{m['perplexity']:.3f}", _spread(m["perplexities"]), f"{m['kl']:.4f}"]
-        for m in table["methods"]
+        for m in found["methods"]
     ]
-    rows.append(["<b>teacher</b>", f"{table['teacher']['perplexity']:.3f}", "", ""])
+    rows.append(["<b>teacher</b>", f"{found['teacher']['perplexity']:.3f}", "", ""])
     head = ["Method", "Perplexity", "Lowest to highest seed", "KL of the last step"]
-    drawn = _drawn(selection_plots.price(table), "A dot a seed; equal choices lie on one height.")
-    length = table["settings"]["evaluate"]["perplexity_length"]
+    figure = drawn(selection_plots.price(found), "A dot a seed; equal choices lie on one height.")
+    length = found["settings"]["evaluate"]["perplexity_length"]
     about = f'<p class="about">Held-out documents of {length:,} tokens.</p>'
-    return _section("Perplexity", about, drawn, _table(head, rows))
+    return section("Perplexity", about, figure, table(head, rows))
 
 
 def _spread(values: Sequence[float]) -> str:
     return f"{min(values):.3f} to {max(values):.3f}"
 
 
-def _students(table: dict[str, Any]) -> str:
+def _students(found: dict[str, Any]) -> str:
     rows = []
-    for student in sorted(table["students"], key=lambda s: s["perplexity"]):
-        by = [f"{c['method']} ({c['seed']})" for c in table["choices"] if c["layers"] == student["layers"]]
+    for student in sorted(found["students"], key=lambda s: s["perplexity"]):
+        by = [f"{c['method']} ({c['seed']})" for c in found["choices"] if c["layers"] == student["layers"]]
         layers = ", ".join(map(str, student["layers"])) or "none"
         right = sum(row["correct"] for row in student["accuracy"])
         total = sum(row["total"] for row in student["accuracy"])
@@ -124,11 +118,11 @@ def _students(table: dict[str, Any]) -> str:
             [layers, f"{student['perplexity']:.3f}", f"{student['kl']:.4f}", f"{right:g} of {total:g}", ", ".join(by)]
         )
     head = ["Layers with attention", "Perplexity", "KL of the last step", "Needles, all", "Chosen by (seed)"]
-    return _section("Every distinct choice", _table(head, rows))
+    return section("Every distinct choice", table(head, rows))
 
 
-def _provenance(table: dict[str, Any]) -> str:
-    run, rows = table["run"] or {}, []
+def _provenance(found: dict[str, Any]) -> str:
+    run, rows = found["run"] or {}, []
     parts = [f"<pre>{escape(str(run['command']))}</pre>"] if run.get("command") else []
     if run.get("device"):
         rows.append(["Device", escape(str(run["device"]))])
@@ -137,21 +131,6 @@ def _provenance(table: dict[str, Any]) -> str:
     rows += [[f"Wall seconds, {escape(step)}", f"{seconds:g}"] for step, seconds in (run.get("seconds") or {}).items()]
     body = "".join(f"<tr><td>{left}</td><td>{right}</td></tr>" for left, right in rows)
     parts.append(f'<table class="facts"><tbody>{body}</tbody></table>')
-    text = escape(json.dumps(table["settings"], indent=1, ensure_ascii=False))
+    text = escape(json.dumps(found["settings"], indent=1, ensure_ascii=False))
     parts.append(f"<details><summary>The settings</summary><pre>{text}</pre></details>")
-    return _section("How this was made", *parts)
-
-
-def _section(heading: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{''.join(parts)}\n</section>"
-
-
-def _drawn(drawing: str, caption: str) -> str:
-    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return section("How this was made", *parts)
