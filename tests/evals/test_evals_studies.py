@@ -54,6 +54,9 @@ def test_summary():
     # To 2.0 theirs takes 200 tokens and ours 100; to 2.25 theirs 200 and ours 150.
     assert math.log(theirs["tokens"]["kl"]["mean"]) == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
     assert "nll" not in theirs["tokens"]
+    turned = [dict(VARIANTS[0], against="theirs"), dict(VARIANTS[1], against=None)]
+    mirrored = result("toy", "Which?", turned, CELLS)["summary"][0]["tokens"]["kl"]
+    assert mirrored["mean"] == pytest.approx(1 / theirs["tokens"]["kl"]["mean"])
     assert ours["needles"][0]["correct"] == 6 and 0.4 < ours["needles"][0]["low"] < 0.75 and theirs["needles"] == []
 
 
