@@ -48,7 +48,7 @@ def one_device(axes: Any) -> jax.sharding.Mesh:
 
 @pytest.fixture
 def on_one_device(monkeypatch) -> None:
-    for module in ("pipeline", "pretrain", "compare"):
+    for module in ("run", "pretrain", "compare"):
         monkeypatch.setattr(f"hypenet_jax.halo.{module}.make_mesh", one_device)
 
 

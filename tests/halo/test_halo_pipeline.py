@@ -13,7 +13,7 @@ import pytest
 import hypenet_jax as hn
 from hypenet_jax.cli import main
 from hypenet_jax.evals import suite
-from hypenet_jax.halo import pipeline
+from hypenet_jax.halo import pipeline, run
 from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.parallel.mesh import make_mesh
 from hypenet_jax.train.preemption import EXIT_PREEMPTED
@@ -177,7 +177,7 @@ def test_an_evaluation_that_is_stopped_goes_on_with_the_next_cell(finished, conv
 def test_a_run_goes_on_with_other_devices(finished, convert_config, tmp_path, stage_records, monkeypatch):
     """Aligned on one device, distilled over four, which is what a config without a mesh means where there are four."""
     asked = []
-    monkeypatch.setattr(pipeline, "make_mesh", lambda axes: asked.append(axes) or make_mesh(axes, jax.devices()[:4]))
+    monkeypatch.setattr(run, "make_mesh", lambda axes: asked.append(axes) or make_mesh(axes, jax.devices()[:4]))
     copy = tmp_path / "run"
     shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & {"distill", "finetune", "export", "eval.json"})
     assert main(["distill", "--config", str(convert_config), "--workdir", str(copy)]) == 0
