@@ -88,7 +88,7 @@ def test_an_override_reaches_from_scratch(program):
         ("align..steps=5", "is not of the form"),
         ("align.step=5", "config key align.step is unknown; did you mean steps?"),
         ("alien.steps=5", "config key alien is unknown; did you mean align?"),
-        ("colour=5", "config key colour is unknown; known here: align, data"),
+        ("colour=5", "config key colour is unknown; known here: align, compare, data"),
         ("align.steps=many", "config key align.steps is 'many'; it must be of type int"),
         ("align.steps=1.5", "align.steps is 1.5; it must be of type int"),
         ("align.steps=True", "align.steps is True; it must be of type int"),
