@@ -29,7 +29,7 @@ def get_config():
     config.select = dict(method="kl-ls", questions=32, length=576, batch_size=16, answer_budget=16)
     config.select.gate = dict(steps=24, batch_size=8, retrieval="retrieval:2000:seed=7:max_chars=512", gate_lr=0.25)
     # hypenet compare-selection: all ways to choose, and a short distillation of each choice.
-    config.compare = dict(seeds=(0, 1), steps=16, lengths=(512, 1024), perplexity_length=1024)
+    config.compare = dict(seeds=(0, 1), steps=60, lengths=(512, 1024), perplexity_length=1024)
     config.distill = dict(steps=270, peak_lr=2e-3, end_lr=1e-5, **shared)
     config.finetune = dict(steps=20, peak_lr=1e-4, end_lr=1e-5, **shared)
     config.fit_scale = dict(length=8192, documents=3, grid=(20, 50, 100, 200, 500, 1000, 5000))

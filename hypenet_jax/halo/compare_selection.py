@@ -44,13 +44,13 @@ def compare(run: Run) -> pathlib.Path:
     _check(run)
     mixers = pipeline.align(run)
     _claim(directory, _settings(run))
-    choices = _choices(run, mixers, directory)
-    layer_sets = sorted({tuple(choice["layers"]) for choice in choices})
-    run.reporter.message(
-        f"compare-selection  {len(config.methods)} methods with {len(config.seeds)} seeds: {len(layer_sets)} choices"
-    )
-    students = _Students(run, mixers, directory).all(layer_sets)
-    teacher = _teacher(run, directory)
+    with timed(directory, "all, with starts and compiling"):
+        choices = _choices(run, mixers, directory)
+        layer_sets = sorted({tuple(choice["layers"]) for choice in choices})
+        said = f"{len(config.methods)} methods with {len(config.seeds)} seeds: {len(layer_sets)} choices"
+        run.reporter.message(f"compare-selection  {said}")
+        students = _Students(run, mixers, directory).all(layer_sets)
+        teacher = _teacher(run, directory)
     run_of = read_json(directory / "run.json")
     first(
         lambda: write_selection(
