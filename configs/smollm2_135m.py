@@ -78,6 +78,10 @@ def get_config():
     quiet = dict(clip_norm=100.0, eps=1e-12)
     config.align = dict(steps=700, batch_size=64, seq_len=512, peak_lr=2e-3, end_lr=1e-4, **quiet, **shared)
     config.select = dict(method="kl-ls", questions=64, length=1024, batch_size=16, answer_budget=32)
+    # For hypenet compare-selection: fixed before the first step, like all of `select`.
+    config.select.gate = dict(
+        steps=300, batch_size=16, retrieval=f"retrieval:20000:seed=7:max_chars=1500:styles={STYLES}"
+    )
     config.distill = dict(steps=1250, batch_size=64, seq_len=512, peak_lr=6e-4, end_lr=3e-5, **shared)
     config.finetune = dict(steps=560, batch_size=2, seq_len=16_384, peak_lr=2e-4, end_lr=1e-5, **shared)
     config.fit_scale = dict(length=16_384, documents=8)
