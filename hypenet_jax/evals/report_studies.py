@@ -125,7 +125,8 @@ def _outcome(found: dict[str, Any]) -> str:
     about = (
         f"Means over {len(found['seeds'])} seeds with 95% intervals by Student's t. Differences and token ratios are "
         "taken seed by seed from the variant named below each; a ratio above 1 means that many times its tokens to the "
-        "loss that both reach. An interval that contains 0 (or 1×) shows no difference at this size."
+        "loss that both reach (–: some seed is there before it trains). An interval that contains 0 (or 1×) shows no "
+        "difference at this size."
     )
     return section("Outcome", f'<p class="about">{about}</p>', table(head, rows))
 
@@ -176,5 +177,5 @@ def _estimate(found: dict[str, float | None] | None, form: str) -> str:
     if found is None:
         return "–"
     if found["low"] is None:
-        return form.format(found["mean"])
+        return f"{form.format(found['mean'])}<small>of one seed alone</small>"
     return f"{form.format(found['mean'])}<small>{form.format(found['low'])} to {form.format(found['high'])}</small>"

@@ -77,7 +77,8 @@ def _summed(row: dict, own: dict[int, dict], other: dict[int, dict], stage: str,
     row["difference"][measure] = student_t(apart)
     both = [s for s, value in finals.items() if value is not None and ends.get(s) is not None]
     ratios = [r for s in both if (r := _ratio(own[s][stage], other[s][stage], measure)) is not None]
-    if measure in COMPARED and ratios:
+    # Of some seeds alone it would leave out those that never got below where they started.
+    if measure in COMPARED and both and len(ratios) == len(both):
         found = student_t([math.log(ratio) for ratio in ratios])
         row["tokens"][measure] = {key: None if v is None else math.exp(v) for key, v in found.items()}
     return row

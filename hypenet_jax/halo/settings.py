@@ -228,6 +228,7 @@ class AblateConfig:
     """How `hypenet ablate` compares recipes: the size of a cell, which is one variant with one seed.
 
     align_steps, distill_steps: updates of a cell's two stages. batch_size, seq_len: None takes those of `distill`.
+    peak_lr: of distillation, None takes that of `distill`; end_lr shrinks with it.
     measure_every: updates between measurements on held-out text, of heldout_rows rows. needle_lengths: lengths at
     which a finished cell is asked for `evaluate.samples` needles of `needle_task`.
     """
@@ -237,6 +238,7 @@ class AblateConfig:
     distill_steps: int = 300
     batch_size: int | None = None
     seq_len: int | None = None
+    peak_lr: float | None = None
     measure_every: int = 20
     heldout_rows: int = 32
     needle_task: str = "S1"
@@ -247,6 +249,8 @@ class AblateConfig:
         for name in ("batch_size", "seq_len"):
             if getattr(self, name) is not None:
                 check_positive("ablate", self, name)
+        if self.peak_lr is not None and not 0 < self.peak_lr < math.inf:
+            raise HypenetError(f"ablate.peak_lr is {self.peak_lr:g}; it must be above 0 and finite")
         if self.seeds < 2:
             raise HypenetError(f"ablate.seeds is {self.seeds}; an interval needs at least 2")
 

@@ -150,6 +150,8 @@ def stage_of(config: ConvertConfig, name: str, steps: int, variant: Variant) -> 
     }
     if name == "distill":
         changes["weights"] = variant.weights
+        if settings.peak_lr is not None:
+            changes |= {"peak_lr": settings.peak_lr, "end_lr": stage.end_lr * settings.peak_lr / stage.peak_lr}
         if variant.rates is not None:
             peak, end = variant.rates
             changes |= {"peak_lr": peak, "end_lr": end, "schedule": "cosine" if end < peak else "warmup_stable"}

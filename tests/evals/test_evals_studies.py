@@ -56,6 +56,8 @@ def test_summary():
     assert "nll" not in theirs["tokens"]
     turned = [dict(VARIANTS[0], against="theirs"), dict(VARIANTS[1], against=None)]
     mirrored = result("toy", "Which?", turned, CELLS)["summary"][0]["tokens"]["kl"]
+    flat = [cell("ours", 0, [1.0, 2.0, 1.5]), *CELLS[1:]]
+    assert "kl" not in result("toy", "Which?", VARIANTS, flat)["summary"][1]["tokens"], "seed 0 starts below its end"
     assert mirrored["mean"] == pytest.approx(1 / theirs["tokens"]["kl"]["mean"])
     assert ours["needles"][0]["correct"] == 6 and 0.4 < ours["needles"][0]["low"] < 0.75 and theirs["needles"] == []
 

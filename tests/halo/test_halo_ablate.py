@@ -131,12 +131,19 @@ def test_every_study_is_well_made(convert_config):
     assert steps_of(STUDIES["lengths"], STUDIES["lengths"].variants[3], AblateConfig(3, 40, 60)) == (50, 50)
     assert steps_of(STUDIES["kl"], STUDIES["kl"].variants[0], AblateConfig(3, 40, 60)) == (0, 60)
     held = stage_of(config, "distill", 10, STUDIES["masters"].variants[-1])
+    slow = load_config(convert_config, ["ablate.peak_lr=2e-4"])
+    for study, rates in ((STUDIES["kl"], (2e-4, 1e-6)), (STUDIES["masters"], (2e-4, 1e-6))):
+        stage = stage_of(slow, "distill", 10, study.variants[0])
+        assert (stage.peak_lr, stage.end_lr) == pytest.approx(rates)
+    assert stage_of(slow, "distill", 10, STUDIES["masters"].variants[-1]).peak_lr == 1e-5
     assert (held.peak_lr, held.schedule, held.weights, held.batch_size) == (1e-5, "warmup_stable", "bfloat16", 12)
 
 
 def test_mistakes_are_named(convert_config, base, capsys):
     with pytest.raises(HypenetError, match="ablate.seeds is 1; an interval needs at least 2"):
         AblateConfig(seeds=1)
+    with pytest.raises(HypenetError, match="ablate.peak_lr is 0; it must be above 0"):
+        AblateConfig(peak_lr=0.0)
     command = ["ablate", "--config", str(convert_config), "--workdir", str(base), "--study", "kl"]
     assert main(command) == 2
     assert "takes one row in 12 but a batch has 4; set ablate.batch_size to 12" in capsys.readouterr().err
