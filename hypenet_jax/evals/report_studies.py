@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals.report import replace_file
 from hypenet_jax.evals.report_parts import document, drawn, section, table
 
 COLOURS = ("#5a7fa8", "#d55e00", "#009e73", "#a05195", "#e2a72e", "#3b3b3b", "#56b4e9")
@@ -35,9 +36,7 @@ def write_study(directory: str | os.PathLike) -> pathlib.Path:
         raise HypenetError(f"{source} does not read ({error}); run `hypenet ablate` again") from None
     if index.exists() and _MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise HypenetError(f"{index} is not a page of hypenet_jax; move it away")
-    aside = index.with_name(index.name + ".tmp")
-    aside.write_text(study_page(found), encoding="utf-8")
-    os.replace(aside, index)
+    replace_file(index, study_page(found).encode())
     return index
 
 

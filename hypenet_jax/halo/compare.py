@@ -62,14 +62,14 @@ def compare(config: ComparisonConfig, directory: str | os.PathLike, reporter: Re
     text, _ = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
     if any(not _measured(_result(path, v, seed), v, config) for v in config.variants for seed in config.seeds):
         with timed(path, "make needles"):
-            material = _material(config, tokenizer, heldout_prose(config.data, tokenizer))
+            material = _material(config, tokenizer, natural_prose(config.data, tokenizer))
         with compiled_programs_kept(path / COMPILED):
             _train_and_measure(config, groups, text, material, path, mesh, reporter)
     first(lambda: write_report(path))
     return path / "report" / "index.html"
 
 
-def heldout_prose(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
+def natural_prose(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     """The held-out documents, each once and without the synthetic ones.
 
     Retrieval documents are full of needles of their own, and what a stream lists several times is no new text.

@@ -12,7 +12,7 @@ from hypenet_jax.cli import main
 from hypenet_jax.config import load_config
 from hypenet_jax.data.tokenizers import byte_tokenizer
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.compare import heldout_prose, trainings
+from hypenet_jax.halo.compare import natural_prose, trainings
 from hypenet_jax.halo.compare_settings import ComparisonConfig, VariantConfig
 from hypenet_jax.halo.corpus import is_heldout
 from hypenet_jax.halo.pretrain import network
@@ -228,10 +228,10 @@ def test_the_other_kind_of_config(program, tmp_path, capsys):
 
 def test_what_is_tested_on_is_prose_and_new(documents_file):
     twice = DataConfig((str(documents_file), "retrieval:50", str(documents_file)), heldout_share=0.3)
-    texts = heldout_prose(twice, byte_tokenizer())
+    texts = natural_prose(twice, byte_tokenizer())
     rows = [json.loads(line)["text"] for line in documents_file.read_text().splitlines()]
     assert texts == [text for text in rows if is_heldout(text, 0.3)] and 10 < len(texts) < 50
     named = DataConfig(("retrieval:50",), heldout=(str(documents_file),))
-    assert heldout_prose(named, byte_tokenizer()) == rows
+    assert natural_prose(named, byte_tokenizer()) == rows
     with pytest.raises(HypenetError, match="all synthetic"):
-        heldout_prose(DataConfig(("retrieval:50",)), byte_tokenizer())
+        natural_prose(DataConfig(("retrieval:50",)), byte_tokenizer())
