@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from hypenet_jax.parallel.processes import on_host
 
 # An a so large that ln(t + a) / ln(a) is 1 in float32 at every t: the unscaled network by the same compiled program.
 UNSCALED = 1e30
+# How far a grid is followed whose best point is its first or last: from s_t that grows fast to s_t that hardly does.
+WIDEST = (2.0, 1e6)
 
 
 def fit_scale(
@@ -23,8 +25,8 @@ def fit_scale(
     """Mean next-token loss over windows int32 [N, T+1] for every a of the grid, and without scaling.
 
     Returns {"a", "grid", "loss", "loss_unscaled", "length", "documents"}; "a" is the grid's best, refined by the
-    vertex of the parabola through it and its two neighbours in ln(a) where it lies inside the grid. a is traced: one
-    compilation serves the grid.
+    vertex of the parabola through it and its two neighbours in ln(a). A grid whose best is at its end is followed
+    further (`widened`); the grid returned is all that was tried. a is traced: one compilation serves the grid.
     """
     # The training-time network, whatever scaling the config carries.
     plain = model.with_logits_scaling(None)
@@ -54,8 +56,7 @@ def fit_scale(
             total += float(np.sum(on_host(nll_B).astype(np.float64)))
         return total / (len(windows) * (windows.shape[1] - 1))
 
-    grid = sorted(float(a) for a in grid)
-    losses = [loss(a) for a in grid]
+    grid, losses = widened(grid, loss)
     return {
         # Four digits: the loss is flat around its minimum, and configs and checkpoints show the number.
         "a": float(f"{vertex(grid, losses):.4g}"),
@@ -65,6 +66,23 @@ def fit_scale(
         "length": int(windows.shape[1] - 1),
         "documents": len(windows),
     }
+
+
+def widened(grid: Sequence[float], loss: Callable[[float], float]) -> tuple[list[float], list[float]]:
+    """The grid, sorted, and its losses; where the best is the first or the last, halved or doubled until it is not.
+
+    A student that was finetuned at the fit's own length needs little scaling: its best a lies far beyond the grid that
+    serves one that was not. It ends at WIDEST.
+    """
+    grid = sorted(float(a) for a in grid)
+    losses = [loss(a) for a in grid]
+    while losses[-1] < min(losses[:-1]) and 2 * grid[-1] <= WIDEST[1]:
+        grid.append(2 * grid[-1])
+        losses.append(loss(grid[-1]))
+    while losses[0] < min(losses[1:]) and grid[0] / 2 >= WIDEST[0]:
+        grid.insert(0, grid[0] / 2)
+        losses.insert(0, loss(grid[0]))
+    return grid, losses
 
 
 def vertex(grid: Sequence[float], losses: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hypenet_jax as hn
-from hypenet_jax.halo.fit_scale import fit_scale, vertex
+from hypenet_jax.halo.fit_scale import WIDEST, fit_scale, vertex, widened
 
 GRID = (3.0, 50.0, 1.5, 400.0)
 
@@ -33,13 +33,15 @@ def direct(model, params, windows):
 
 def test_every_loss_is_that_of_the_scaled_model(student, fitted):
     (model, params), (windows, found) = student, fitted
-    assert found["grid"] == sorted(GRID) and (found["length"], found["documents"]) == (40, 3)
-    for a, loss in zip(found["grid"], found["loss"], strict=True):
+    # Random tokens like an unscaled network best, so the grid was followed upwards; its own points come first.
+    assert found["grid"][:4] == sorted(GRID) and (found["length"], found["documents"]) == (40, 3)
+    losses = found["loss"][:4]
+    for a, loss in zip(sorted(GRID), losses, strict=True):
         assert loss == pytest.approx(direct(model.with_logits_scaling(a), params, windows), rel=1e-5)
     # Whatever scaling the model came with, "unscaled" is without.
     unscaled = direct(model.with_logits_scaling(None), params, windows)
     assert found["loss_unscaled"] == pytest.approx(unscaled, rel=1e-5)
-    assert len({round(loss, 6) for loss in [*found["loss"], unscaled]}) == 5
+    assert len({round(loss, 6) for loss in [*losses, unscaled]}) == 5
 
 
 def test_a_is_the_vertex_of_the_grid(fitted):
@@ -56,6 +58,26 @@ def test_the_best_of_the_grid_wins():
     assert vertex(grid, [1.0, 1.0, 1.0, 1.0]) == 2.0
     # Flat on one side: the minimum lies between the two equal points.
     assert vertex(grid, [5.0, 1.0, 1.0, 5.0]) == pytest.approx(16.0)
+
+
+@given(st.floats(math.log(2.5), math.log(4e5)))
+def test_a_grid_that_ends_before_the_minimum_is_followed(center):
+    def loss(a):
+        return (math.log(a) - center) ** 2
+
+    grid, losses = widened((30.0, 10.0, 100.0), loss)
+    assert grid == sorted(grid) and losses == [loss(a) for a in grid] and {10.0, 30.0, 100.0} <= set(grid)
+    assert len(grid) == 3 or math.exp(center) < 20 or math.exp(center) > 50
+    if math.exp(center) > 4:
+        assert math.log(vertex(grid, losses)) == pytest.approx(center, abs=1e-6)
+
+
+def test_a_loss_without_a_minimum_ends_the_grid():
+    grid, _ = widened((10.0, 30.0, 100.0), lambda a: -a)
+    assert grid[0] == 10.0 and WIDEST[1] / 2 < grid[-1] <= WIDEST[1]
+    grid, _ = widened((10.0, 30.0, 100.0), lambda a: a)
+    assert grid[-1] == 100.0 and WIDEST[0] <= grid[0] < 2 * WIDEST[0]
+    assert widened((10.0, 30.0, 100.0), lambda a: 1.0)[0] == [10.0, 30.0, 100.0]
 
 
 @given(
