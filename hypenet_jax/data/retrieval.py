@@ -8,6 +8,7 @@ styles run from the densest signal to the test itself:
     pairs       a list of pairs, then all of them asked in another order
     needles     RULER's needle sentences close together, asked in short and in full
     sentences   facts in other wordings within noise or prose, then questions
+    prose       the same within prose alone, so that RULER's noise lines are new to a model; only where it is asked for
     facts       facts in many wordings within noise of many kinds (`retrieval_facts.py`); only where it is asked for
     ruler       RULER's NIAH prompt word for word (arXiv 2404.06654): facts within noise or prose, then questions
 
@@ -36,6 +37,7 @@ STYLES: Mapping[str, float] = {
     "pairs": 0.25,
     "stream": 0.2,
     "repeat": 0.15,
+    "prose": 0.0,
     "facts": 0.0,
 }
 MIN_CHARS = 256
@@ -180,12 +182,16 @@ def _write_needles(page: _Page) -> str:
     return page.assemble([], facts, queries) if facts else ""
 
 
-def _write_sentences(page: _Page) -> str:
+def _write_sentences(page: _Page, noise: float = 0.5) -> str:
     rng = page.rng
     needle, query = rng.choice(_WORDINGS)
     wanted = rng.randint(1, max(2, page.length // 160))
     facts, queries = page.facts(wanted, needle, (query,), page.value_kind(), 0)
-    return page.assemble([], facts, queries) if facts else ""
+    return page.assemble([], facts, queries, noise) if facts else ""
+
+
+def _write_prose(page: _Page) -> str:
+    return _write_sentences(page, noise=0.0)
 
 
 def _write_pairs(page: _Page) -> str:
@@ -327,10 +333,13 @@ class _Page:
             placed[key] = query
         return needles, self.rng.sample(list(placed.values()), len(placed))
 
-    def assemble(self, opening: list[str], needles: list[str], queries: list[str]) -> str:
-        """Opening lines, the haystack with the needles at random places, then the queries, one a line."""
+    def assemble(self, opening: list[str], needles: list[str], queries: list[str], noisy: float = 0.5) -> str:
+        """Opening lines, the haystack with the needles at random places, then the queries, one a line.
+
+        The haystack is RULER's noise with the probability `noisy`, else prose.
+        """
         room = self.length - sum(len(line) + 1 for line in (*opening, *needles, *queries))
-        noise = self.rng.random() < 0.5
+        noise = self.rng.random() < noisy
         hay = self._noise(room) if noise else self.prose(room)
         for needle in needles:
             hay.insert(self.rng.randint(0, len(hay)), needle)
@@ -368,5 +377,6 @@ _WRITERS: Mapping[str, Callable[[_Page], str]] = {
     "pairs": _write_pairs,
     "stream": _write_stream,
     "repeat": _write_repeat,
+    "prose": _write_prose,
     "facts": write_facts,
 }

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypenet_jax.data.retrieval import MIN_CHARS, STYLES, retrieval_documents
 from hypenet_jax.data.retrieval_facts import QUESTIONS
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals.haystack import NOISE_LINE
 
 NEEDLE = re.compile(r"One of the special magic (\w+)s for ([\w '-]+?) is: ([\w '-]+?)\.(?=\s|$)")
 ANSWER = re.compile(
@@ -146,7 +147,15 @@ def test_facts_answer_their_questions_and_spell_nothing_of_the_evaluation():
         assert text.count(found[1]) >= 2, text
 
 
+def test_prose_has_the_facts_and_questions_of_sentences_and_none_of_the_noise():
+    noise = NOISE_LINE.split(". ")[0]
+    sentences, prose = (documents(40, 3, 1500, styles=[style]) for style in ("sentences", "prose"))
+    assert 10 < sum(noise in page for page in sentences) < 30
+    assert not any(noise in page for page in prose)
+    assert [page.splitlines()[-1] for page in sentences] == [page.splitlines()[-1] for page in prose]
+
+
 def test_a_style_that_nobody_asks_for_changes_no_document():
     named = {name: weight for name, weight in STYLES.items() if weight}
-    assert "facts" not in named
+    assert not {"facts", "prose"} & set(named)
     assert documents(80, 4) == documents(80, 4, styles=named)
