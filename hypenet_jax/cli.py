@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,9 @@ REFUSALS = (
     *FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
     errno.ELOOP, errno.EEXIST,
 )  # fmt: skip
+
+# XLA's words, also where a library wraps them. A kernel that asks for too much shared memory is a bug of ours instead.
+OUT_OF_MEMORY = r"RESOURCE_EXHAUSTED:[^\n]*?((?:Out of|Ran out of|Failed to allocate) [^\n\[]{0,120})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +72,11 @@ def _refusal(error: BaseException | None) -> str | None:
             return "the disk is full; make room or choose another place (what was complete is kept)"
         if isinstance(error, OSError) and error.errno in REFUSALS:
             return f"cannot use {error.filename or 'a file'} ({error.strerror}); choose another place"
+        if spent := re.search(OUT_OF_MEMORY, str(error)):
+            return (
+                f"the device's memory is used up ({spent[1].strip(' .')}); take less at once (batch_size, "
+                "gradient_accumulation, remat=True, evaluate.row_tokens) or more devices, or end what else runs there"
+            )
         error = error.__cause__ or error.__context__
     return None
 
@@ -309,7 +318,10 @@ SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
 def entry() -> None:
     """The console script."""
     from hypenet_jax.parallel import processes
+    from hypenet_jax.plan.machines import GPU_SHARE, SHARE_VARIABLE
 
+    # JAX would take three quarters of a GPU. It reads this when it first looks for devices.
+    os.environ.setdefault(SHARE_VARIABLE, str(GPU_SHARE))
     sys.exit(processes.ended(main))
 
 

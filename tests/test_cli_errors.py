@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -381,6 +382,36 @@ def test_control_c(program, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hypenet_jax.hub.load", interrupt)
     assert main(["generate", "model", "--prompt", "a"]) == 130
     assert capsys.readouterr().err == "hypenet: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Out of memory while trying to allocate 17.75GiB with allocator GPU_0_bfc on device 0. ",
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.01G of 15.75G hbm. ",
+    ],
+)
+def test_a_device_without_memory(said, monkeypatch, capsys):
+    def spent(*_arguments):
+        try:
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}[executable_name='jit_step']\nmore")
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError("a library's own words") from error
+
+    monkeypatch.setattr("hypenet_jax.hub.load", spent)
+    assert main(["generate", "model", "--prompt", "a"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hypenet: the device's memory is used up (") and "ut of memory" in line
+    assert "gradient_accumulation" in line and "executable_name" not in line
+
+
+def test_a_kernel_without_shared_memory_is_a_bug(monkeypatch):
+    def bug(*_arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
+
+    monkeypatch.setattr("hypenet_jax.hub.load", bug)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["generate", "model", "--prompt", "a"])
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

@@ -59,8 +59,8 @@ class Machine:
 
 
 # A GPU's memory also holds CUDA's context, the programs, NCCL's buffers and cuBLAS's workspace, none of which the
-# compiler counts. JAX takes DEFAULT_SHARE of it unless SHARE_VARIABLE gives it more.
-GPU_SHARE, DEFAULT_SHARE = 0.95, 0.75
+# compiler counts. The command line lets JAX take this share of it, unless SHARE_VARIABLE is set.
+GPU_SHARE = 0.95
 SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # GPUs of one host, which NVLink joins.
 GPUS_A_HOST, MOST_HOSTS = 8, 128

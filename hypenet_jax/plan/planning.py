@@ -18,10 +18,7 @@ from hypenet_jax.parallel.mesh import SLICES, make_mesh
 from hypenet_jax.parallel.presets import PRESETS
 from hypenet_jax.plan.compile import QUICK, Compiled, compile_work
 from hypenet_jax.plan.machines import (
-    DEFAULT_SHARE,
     GIB,
-    GPU_SHARE,
-    SHARE_VARIABLE,
     Machine,
     machine,
     open_devices,
@@ -126,8 +123,6 @@ def _numbers(
     }
     if compiled.short:
         return record
-    if one.usable and compiled.total > one.usable * DEFAULT_SHARE / GPU_SHARE:
-        record["needs"] = f"{SHARE_VARIABLE}=.95, as JAX takes {DEFAULT_SHARE:.0%} of a GPU's memory by default"
     record |= {
         "temporary_bytes": compiled.temporaries,
         "code_bytes": compiled.code,

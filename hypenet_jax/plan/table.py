@@ -23,8 +23,6 @@ def describe(record: dict[str, Any]) -> str:
         return "\n".join([*lines, f"    GiB a chip: {parts}", f"    what to change: {record['remedy']}"])
     rest = f"temporaries {in_units(record['temporary_bytes'], GIB)}, program {in_units(record['code_bytes'], GIB)}"
     lines.append(f"    GiB a chip: {parts}, {rest}")
-    if "needs" in record:
-        lines.append(f"    set {record['needs']}")
     lines.append(
         f"    {in_units(record['flops'], 1e12)} TFLOP a chip; {record['traffic_bytes'] / GIB:.1f} GiB of memory traffic"
     )

@@ -48,7 +48,7 @@ def bench(kernels: tuple[str, ...] = KERNELS, small: bool | None = None, say: Ca
     unknown = [kernel for kernel in kernels if kernel not in KERNELS]
     if unknown:
         raise ValueError(f"there is no kernel {unknown[0]!r} to measure; known: {', '.join(KERNELS)}")
-    # fla's process comes first and needs the device's memory, of which JAX would take three quarters when it starts.
+    # fla's process comes first and needs the device's memory, most of which JAX would take when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     small = jax.default_backend() == "cpu" if small is None else small
     times = peers.fla(LIGHTNING_SHAPES if "lightning" in kernels and not small else [], WIDTH)
