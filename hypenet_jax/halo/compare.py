@@ -149,10 +149,9 @@ class _Material:
 def _material(config: ComparisonConfig, tokenizer: Tokenizer, heldout: PackedTokens) -> _Material:
     settings, fit = config.evaluate, config.fit_scale
     with section("evaluate"):
-        windows = corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
+        windows, essays = corpus.measured_text(settings, heldout, tokenizer)
     with section("fit_scale"):
         fit_windows = corpus.long_documents(heldout, fit.length, fit.documents)
-    essays = settings.essays or corpus.heldout_prose(heldout, tokenizer)
     needles: dict[int, list[NiahSample]] = defaultdict(list)
     for length in sorted(settings.lengths):
         row = min((row for row in config.row_lengths if row >= length), default=length)

@@ -16,7 +16,7 @@ from hypenet_jax.data.sources import Document, is_synthetic, read_documents
 from hypenet_jax.data.teacher_rows import TeacherRows
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.settings import DataConfig
+from hypenet_jax.halo.settings import DataConfig, EvaluateConfig
 from hypenet_jax.parallel.processes import first, own_rows
 from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.train.stage import StageConfig
@@ -164,6 +164,14 @@ def long_documents(heldout: PackedTokens, length: int, count: int) -> np.ndarray
             "lower the length or hold out longer texts"
         )
     return windows
+
+
+def measured_text(
+    settings: EvaluateConfig, heldout: PackedTokens, tokenizer: Tokenizer
+) -> tuple[np.ndarray, str | list[str]]:
+    """(windows of perplexity as `long_documents`, essays of the haystacks), both held out unless essays are named."""
+    windows = long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
+    return windows, settings.essays or heldout_prose(heldout, tokenizer)
 
 
 def heldout_prose(heldout: PackedTokens, tokenizer: Tokenizer, characters: int = 400_000) -> list[str]:
