@@ -73,11 +73,13 @@ def provenance(
     config: Mapping[str, Any] | None,
     seeds: Sequence[int] = (),
     facts: Mapping[str, str] | None = None,
+    together: bool = True,
 ) -> str:
     """How the numbers of a page were made.
 
     run: run.json, {"command", "device", "versions", "seconds": {step: seconds}}, of which each may be missing; config:
-    the settings, shown whole; facts: further rows, {label: text}.
+    the settings, shown whole; facts: further rows, {label: text}. together: whether the steps' seconds add up, none
+    being part of another.
     """
     run = run or {}
     parts = [f"<pre>{escape(str(run['command']))}</pre>"] if run.get("command") else []
@@ -85,7 +87,7 @@ def provenance(
     rows = {"Device": run.get("device")}
     rows["Versions"] = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
     rows |= {f"Wall time, {step}": clock(t) for step, t in seconds.items()}
-    if len(seconds) > 1:
+    if together and len(seconds) > 1:
         rows["Wall time, together"] = clock(sum(seconds.values()))
     rows["Seeds" if len(seeds) > 1 else "Seed"] = ", ".join(map(str, seeds))
     rows |= facts or {}

@@ -35,6 +35,7 @@ def test_all_that_is_known():
 def test_one_seed_and_one_step_are_said_once():
     html = provenance({"seconds": {"train": 5.0}}, None, (0,))
     assert rows(html) == [("Wall time, train", "5 s"), ("Seed", "0")] and "settings" not in html
+    assert "together" not in provenance(RUN, None, together=False)
 
 
 def test_nothing_known_is_said():
