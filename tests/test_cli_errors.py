@@ -283,7 +283,7 @@ def test_outputs_that_hold_something_else(byte_teacher, documents_file, program,
     (tmp_path / "out" / "report").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     (tmp_path / "out" / "report" / "index.html").write_text("my page")
-    refused("is not a report of hypenet_jax", "report", tmp_path / "out")
+    refused("is not a page of hypenet_jax", "report", tmp_path / "out")
 
 
 def test_an_export_that_somebody_added_to(byte_teacher, tmp_path, refused):

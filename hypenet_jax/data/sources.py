@@ -50,11 +50,10 @@ def read_documents(spec: str | os.PathLike[str]) -> Iterator[Document]:
     Raises HypenetError for a missing, empty, binary or malformed source, naming file and line or row.
     """
     source = os.fspath(spec)
-    name, _, options = source.partition(":")
     if source == "stdlib":
         texts: Iterator[str | Conversation] = stdlib_documents()
-    elif name == "retrieval":
-        texts = _retrieval(source, options)
+    elif is_synthetic(source):
+        texts = _retrieval(source, source.partition(":")[2])
     else:
         texts = _files_texts(source)
     found = False
@@ -76,7 +75,7 @@ def source_identity(spec: str | os.PathLike[str]) -> str | None:
     """
     source = os.fspath(spec)
     path = pathlib.Path(source)
-    if source == "stdlib" or source.partition(":")[0] == "retrieval" or not path.exists():
+    if source == "stdlib" or is_synthetic(source) or not path.exists():
         return None
     digest = hashlib.sha256()
     for file in _files(path):
@@ -88,6 +87,11 @@ def source_identity(spec: str | os.PathLike[str]) -> str | None:
                 stream.seek(start)
                 digest.update(stream.read(_HASH_CHUNK))
     return digest.hexdigest()
+
+
+def is_synthetic(source: str) -> bool:
+    """Whether a source makes its documents: "retrieval:...", pages of random facts and what was asked of them."""
+    return source.partition(":")[0] == "retrieval"
 
 
 def _retrieval(source: str, options: str) -> Iterator[str]:

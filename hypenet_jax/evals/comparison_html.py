@@ -21,7 +21,7 @@ _PAPER = (64, "93.5%")
 def page(found: dict[str, Any], mark: str) -> str:
     """The document, from what `comparison.gather` returns; `mark` is a <meta> element that says who wrote it."""
     title = f"{found['name']}: architectures from scratch"
-    parts = [part(found) for part in (_figure, _accuracy, _networks, _training, provenance)]
+    parts = [part(found) for part in (_figure, _accuracy, _networks, _training, _made)]
     footer = (
         "Written by hypenet_jax. The numbers behind this page are in report.json beside it, the first figure in "
         "figure.png."
@@ -160,3 +160,8 @@ def _training(found: dict[str, Any]) -> str:
 
 def _dot(line: Mapping[str, Any]) -> str:
     return f'<span class="dot" style="--c:{comparison_plots.colour(line)}"></span>{escape(line["label"])}'
+
+
+def _made(found: dict[str, Any]) -> str:
+    seeds = sorted({seed for line in found["lines"] for seed in line["seeds"]})
+    return provenance(found["run"], found["config"], seeds)

@@ -37,8 +37,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     found, page, files = _drawn(directory)
     target = directory / "report"
     index = target / "index.html"
-    if index.exists() and _MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise HypenetError(f"{index} is not a report of hypenet_jax; move it away")
+    check_ours(index, _MARK)
     text = page(found, _MARK)
     try:
         target.mkdir(exist_ok=True)
@@ -235,6 +234,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_ours(page: pathlib.Path, mark: str) -> None:
+    """Raise HypenetError where a page is already there that does not begin with our mark: it is somebody else's."""
+    if page.exists() and mark not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise HypenetError(f"{page} is not a page of hypenet_jax; move it away")
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ _STAGE_NAMES = {
 def page(found: dict[str, Any], mark: str) -> str:
     """The document, from what `report.gather` returns; `mark` is a <meta> element that says who wrote it."""
     title = _title(found)
-    sections = [_network, _training, _selection, _scaling, _perplexity, _needles, _samples, provenance]
+    sections = [_network, _training, _selection, _scaling, _perplexity, _needles, _samples, _made]
     footer = "Written by hypenet_jax. The numbers behind this page are in report.json beside it."
     return document(title, mark, _header(found, title), [part(found) for part in sections], footer)
 
@@ -318,3 +318,8 @@ def _mean_accuracy(rows: Sequence[dict[str, Any]], model: str, length: int) -> f
 
 def _tokens_trained(found: dict[str, Any]) -> float:
     return sum(records[-1].get("tokens") or 0 for records in found["stages"].values())
+
+
+def _made(found: dict[str, Any]) -> str:
+    config = found["config"] or {}
+    return provenance(found["run"], config, [config["seed"]] if "seed" in config else [])

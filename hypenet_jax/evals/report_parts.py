@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -68,26 +68,35 @@ def clock(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def provenance(found: dict[str, Any]) -> str:
-    """How a run was made: its command, device, versions, wall times and config, from gathered data."""
-    run, parts = found["run"] or {}, []
-    if run.get("command"):
-        parts.append(f"<pre>{escape(str(run['command']))}</pre>")
-    rows = [["Device", escape(str(run["device"]))]] if run.get("device") else []
-    versions = run.get("versions") or {}
-    if versions:
-        rows.append(["Versions", escape(", ".join(f"{k} {v}" for k, v in versions.items()))])
+def provenance(
+    run: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+    seeds: Sequence[int] = (),
+    facts: Mapping[str, str] | None = None,
+    together: bool = True,
+) -> str:
+    """How the numbers of a page were made.
+
+    run: run.json, {"command", "device", "versions", "seconds": {step: seconds}}, of which each may be missing; config:
+    the settings, shown whole; facts: further rows, {label: text}. together: whether the steps' seconds add up, none
+    being part of another.
+    """
+    run = run or {}
+    parts = [f"<pre>{escape(str(run['command']))}</pre>"] if run.get("command") else []
     seconds = {step: t for step, t in (run.get("seconds") or {}).items() if t is not None}
-    rows += [[f"Wall time, {escape(step)}", clock(t)] for step, t in seconds.items()]
-    rows += [["Wall time, together", clock(sum(seconds.values()))]] if seconds else []
-    seed = (found["config"] or {}).get("seed")
-    rows += [["Seed", str(seed)]] if seed is not None else []
-    if rows:
-        body = "".join(f"<tr><td>{left}</td><td>{right}</td></tr>" for left, right in rows)
+    rows = {"Device": run.get("device")}
+    rows["Versions"] = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
+    rows |= {f"Wall time, {step}": clock(t) for step, t in seconds.items()}
+    if together and len(seconds) > 1:
+        rows["Wall time, together"] = clock(sum(seconds.values()))
+    rows["Seeds" if len(seeds) > 1 else "Seed"] = ", ".join(map(str, seeds))
+    rows |= facts or {}
+    body = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items() if v)
+    if body:
         parts.append(f'<table class="facts"><tbody>{body}</tbody></table>')
     if not parts:
         parts.append(missing("command, versions and wall times", "run.json is not there"))
-    if found["config"]:
-        text = escape(json.dumps(found["config"], indent=1, ensure_ascii=False))
-        parts.append(f"<details><summary>The whole config</summary><pre>{text}</pre></details>")
+    if config:
+        text = escape(json.dumps(config, indent=1, ensure_ascii=False))
+        parts.append(f"<details><summary>The settings</summary><pre>{text}</pre></details>")
     return section("How this was made", *parts)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.evals.report import replace_file
-from hypenet_jax.evals.report_parts import document, drawn, section, table
+from hypenet_jax.evals.report import check_ours, replace_file
+from hypenet_jax.evals.report_parts import document, drawn, provenance, section, table
 
 COLOURS = ("#5a7fa8", "#d55e00", "#009e73", "#a05195", "#e2a72e", "#3b3b3b", "#56b4e9")
 _AXES = {
@@ -34,8 +34,7 @@ def write_study(directory: str | os.PathLike) -> pathlib.Path:
         found = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise HypenetError(f"{source} does not read ({error}); run `hypenet ablate` again") from None
-    if index.exists() and _MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise HypenetError(f"{index} is not a page of hypenet_jax; move it away")
+    check_ours(index, _MARK)
     replace_file(index, study_page(found).encode())
     return index
 
@@ -43,7 +42,7 @@ def write_study(directory: str | os.PathLike) -> pathlib.Path:
 def study_page(found: dict[str, Any]) -> str:
     """The document, from what `studies.result` returns and what ran it."""
     title = f"Recipe study: {found['study']}"
-    sections = (_curves(found), _outcome(found), _needles(found), _origin(found))
+    sections = (_curves(found), _outcome(found), _needles(found), _made(found))
     header = (
         f'<header>\n<p class="eyebrow">hypenet_jax · recipe study</p>\n<h1>{escape(title)}</h1>\n'
         f'<p class="lede">{escape(found["question"])}</p>\n</header>'
@@ -151,25 +150,15 @@ def _needles(found: dict[str, Any]) -> str:
     return section("Needles", f'<p class="about">{about}</p>', table(head, rows))
 
 
-def _origin(found: dict[str, Any]) -> str:
-    settings = (found["config"] or {}).get("ablate") or {}
+def _made(found: dict[str, Any]) -> str:
+    config = found["config"] or {}
+    run = {name: found[name] for name in ("command", "device", "versions")}
     facts = {
-        "Device": found["device"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        "Seeds": ", ".join(map(str, found["seeds"])),
-        "Wall time of all cells": f"{found['seconds']:,.0f} s",
-        "Teacher": (found["config"] or {}).get("teacher", "–"),
+        "Teacher": config.get("teacher", ""),
         "Layers that keep attention": ", ".join(map(str, found["layers"])) or "none",
-        "Cells": ", ".join(f"{name} {value}" for name, value in settings.items()),
+        "Cells": ", ".join(f"{name} {value}" for name, value in (config.get("ablate") or {}).items()),
     }
-    body = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
-    config = escape(json.dumps(found["config"], indent=1, ensure_ascii=False))
-    return section(
-        "How this was made",
-        f"<pre>{escape(found['command'])}</pre>",
-        f'<table class="facts"><tbody>{body}</tbody></table>',
-        f"<details><summary>The whole config</summary><pre>{config}</pre></details>",
-    )
+    return provenance(run | {"seconds": {"all cells": found["seconds"]}}, config, found["seeds"], facts)
 
 
 def _estimate(found: dict[str, float | None] | None, form: str) -> str:

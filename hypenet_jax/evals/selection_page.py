@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from hypenet_jax.evals import selection_plots
 from hypenet_jax.evals.report import TASK_ORDER, ordered
 from hypenet_jax.evals.report_axes import short, short_length
-from hypenet_jax.evals.report_parts import document, drawn, section, table
+from hypenet_jax.evals.report_parts import document, drawn, provenance, section, table
 
 _ABOUT = {
     "halo": "recall lost over common sense lost, one layer replaced at a time (HALO)",
@@ -26,7 +25,7 @@ _ABOUT = {
 
 def page(found: dict[str, Any], mark: str) -> str:
     """The document; `mark` is a <meta> element that says who wrote it."""
-    sections = (_layers(found), _needles(found), _perplexity(found), _students(found), _provenance(found))
+    sections = (_layers(found), _needles(found), _perplexity(found), _students(found), _made(found))
     title = "Layer selection, compared"
     footer = "Written by hypenet_jax. The numbers behind this page are in table.json beside it."
     return document(title, mark, _header(found, title), sections, footer)
@@ -121,16 +120,7 @@ def _students(found: dict[str, Any]) -> str:
     return section("Every distinct choice", table(head, rows))
 
 
-def _provenance(found: dict[str, Any]) -> str:
-    run, rows = found["run"] or {}, []
-    parts = [f"<pre>{escape(str(run['command']))}</pre>"] if run.get("command") else []
-    if run.get("device"):
-        rows.append(["Device", escape(str(run["device"]))])
-    if run.get("versions"):
-        rows.append(["Versions", escape(", ".join(f"{k} {v}" for k, v in run["versions"].items()))])
-    rows += [[f"Wall seconds, {escape(step)}", f"{seconds:g}"] for step, seconds in (run.get("seconds") or {}).items()]
-    body = "".join(f"<tr><td>{left}</td><td>{right}</td></tr>" for left, right in rows)
-    parts.append(f'<table class="facts"><tbody>{body}</tbody></table>')
-    text = escape(json.dumps(found["settings"], indent=1, ensure_ascii=False))
-    parts.append(f"<details><summary>The settings</summary><pre>{text}</pre></details>")
-    return section("How this was made", *parts)
+def _made(found: dict[str, Any]) -> str:
+    seeds = sorted({choice["seed"] for choice in found["choices"]})
+    # One of its steps is the whole comparison.
+    return provenance(found["run"], found["settings"], seeds, together=False)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hypenet_jax.evals.intervals import wilson
-from hypenet_jax.evals.report import accuracy_rows, replace_file
+from hypenet_jax.evals.report import accuracy_rows, check_ours, replace_file
 
 MARK = '<meta name="generator" content="hypenet_jax selection">'
 
@@ -77,9 +77,13 @@ def selection_table(
 
 
 def write_selection(directory: pathlib.Path, table: dict[str, Any]) -> pathlib.Path:
-    """Write table.json and index.html into a comparison's directory; the page's path."""
+    """Write table.json and index.html into a comparison's directory; the page's path.
+
+    Raises HypenetError where index.html is somebody else's.
+    """
     from hypenet_jax.evals.selection_page import page  # matplotlib is imported only where a page is drawn
 
+    check_ours(directory / "index.html", MARK)
     replace_file(directory / "table.json", (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
     replace_file(directory / "index.html", page(table, MARK).encode())
     return directory / "index.html"

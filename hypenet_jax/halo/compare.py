@@ -17,12 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hypenet_jax.data.batches import document_windows
-from hypenet_jax.data.pack_meta import META
 from hypenet_jax.data.packing import PackedTokens
-from hypenet_jax.data.sources import read_documents
 from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
-from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import niah, perplexity, suite
 from hypenet_jax.evals.niah_samples import NiahSample
 from hypenet_jax.evals.report import write_report
@@ -31,7 +27,6 @@ from hypenet_jax.halo.compare_settings import ComparisonConfig, VariantConfig
 from hypenet_jax.halo.fit_scale import fit_scale
 from hypenet_jax.halo.precheck import section
 from hypenet_jax.halo.pretrain import network
-from hypenet_jax.halo.settings import DataConfig
 from hypenet_jax.halo.shared_program import choice, compiled_programs_kept, shared_program
 from hypenet_jax.halo.workdir import DATA, claim, read_json, timed, write_json
 from hypenet_jax.model import LanguageModel, LogitsScaling
@@ -59,35 +54,14 @@ def compare(config: ComparisonConfig, directory: str | os.PathLike, reporter: Re
     groups = trainings(config, tokenizer)
     check_rows(config.train, mesh)
     path = claim(directory, config, FREE)
-    text, _ = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
+    text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
     if any(not _measured(_result(path, v, seed), v, config) for v in config.variants for seed in config.seeds):
         with timed(path, "make needles"):
-            material = _material(config, tokenizer, natural_prose(config.data, tokenizer))
+            material = _material(config, tokenizer, heldout)
         with compiled_programs_kept(path / COMPILED):
             _train_and_measure(config, groups, text, material, path, mesh, reporter)
     first(lambda: write_report(path))
     return path / "report" / "index.html"
-
-
-def natural_prose(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
-    """The held-out documents, each once and without the synthetic ones.
-
-    Retrieval documents are full of needles of their own, and what a stream lists several times is no new text.
-    """
-    texts: dict[str, None] = {}
-    for source in dict.fromkeys(data.heldout or data.sources):
-        if (pathlib.Path(source) / META).is_file():
-            found = (tokenizer.decode(tokens.tolist()) for tokens in PackedTokens(source, tokenizer).documents())
-        elif not source.startswith("retrieval:"):
-            found = (document.text for document in read_documents(source))
-        else:
-            continue
-        texts |= dict.fromkeys(text for text in found if data.heldout or corpus.is_heldout(text, data.heldout_share))
-    if not texts:
-        raise HypenetError(
-            "the held-out documents are all synthetic; add prose to data.sources or name data.heldout to test on"
-        )
-    return list(texts)
 
 
 def _train_and_measure(
@@ -172,30 +146,19 @@ class _Material:
     fit_windows: np.ndarray
 
 
-def _material(config: ComparisonConfig, tokenizer: Tokenizer, prose: list[str]) -> _Material:
+def _material(config: ComparisonConfig, tokenizer: Tokenizer, heldout: PackedTokens) -> _Material:
     settings, fit = config.evaluate, config.fit_scale
-    documents = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prose)]
     with section("evaluate"):
-        windows = _windows(documents, settings.perplexity_length, settings.perplexity_documents)
+        windows, essays = corpus.measured_text(settings, heldout, tokenizer)
     with section("fit_scale"):
-        fit_windows = _windows(documents, fit.length, fit.documents)
+        fit_windows = corpus.long_documents(heldout, fit.length, fit.documents)
     needles: dict[int, list[NiahSample]] = defaultdict(list)
     for length in sorted(settings.lengths):
         row = min((row for row in config.row_lengths if row >= length), default=length)
         for task in settings.tasks:
             with section("evaluate"):
-                needles[row] += suite.needle_samples(tokenizer, settings, task, length, settings.essays or prose, 0)
+                needles[row] += suite.needle_samples(tokenizer, settings, task, length, essays, 0)
     return _Material(dict(needles), windows, fit_windows)
-
-
-def _windows(documents: list[np.ndarray], length: int, count: int) -> np.ndarray:
-    windows = document_windows(documents, length, count)
-    if not len(windows):
-        raise HypenetError(
-            f"a length of {length} needs a held-out document of {length + 1} tokens but the longest has "
-            f"{max(map(len, documents))}; lower the length or hold out longer texts"
-        )
-    return windows
 
 
 def measure(

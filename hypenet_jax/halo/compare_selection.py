@@ -194,8 +194,7 @@ def _teacher(run: Run, directory: pathlib.Path) -> dict[str, Any]:
 
 def _evaluated(run: Run, model: Any, params: dict, name: str) -> dict[str, Any]:
     settings = evaluation_of(run)
-    windows = corpus.long_documents(run.heldout, settings.perplexity_length, settings.perplexity_documents)
-    essays = settings.essays or corpus.heldout_prose(run.heldout, run.tokenizer)
+    windows, essays = corpus.measured_text(settings, run.heldout, run.tokenizer)
     return suite.evaluate_model(
         model,
         params,

@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from hypenet_jax.data.batches import StageBatches, document_windows
 from hypenet_jax.data.pack_meta import META
 from hypenet_jax.data.packing import PackedTokens, pack
-from hypenet_jax.data.sources import Document, read_documents
+from hypenet_jax.data.sources import Document, is_synthetic, read_documents
 from hypenet_jax.data.teacher_rows import TeacherRows
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.settings import DataConfig
+from hypenet_jax.halo.settings import DataConfig, EvaluateConfig
 from hypenet_jax.parallel.processes import first, own_rows
 from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.train.stage import StageConfig
@@ -32,6 +32,7 @@ def packed_corpus(
 
     Without held-out sources of its own, a document is held out when the checksum of its beginning falls into the
     held-out share: the choice depends on the text alone, so no order, seed or machine moves a document across.
+    What is held out is `natural_prose`: synthetic documents that fall into the share are not trained on either.
     A source may also be a directory that `hypenet pack` wrote: it is read where it lies, alone, and the held-out
     documents must then have a source of their own.
     """
@@ -43,6 +44,7 @@ def packed_corpus(
     if not ready and not (directory / "train").is_dir():
         say(f"packing {', '.join(config.sources)}")
     share = 0.0 if config.heldout else config.heldout_share
+    prose = natural_prose(config.heldout or config.sources)
     kept = ready or _packed(
         config.sources,
         lambda text: not is_heldout(text, share),
@@ -52,8 +54,8 @@ def packed_corpus(
         directory / "train",
         config.seed,
     )
-    held = _ready(config.heldout, tokenizer) or _packed(
-        config.heldout or config.sources,
+    held = (_ready(prose, tokenizer) if config.heldout else None) or _packed(
+        prose,
         lambda text: bool(config.heldout) or is_heldout(text, share),
         f"none of the {kept.info.documents} documents falls into the held-out share of {share:g}; raise "
         "data.heldout_share, or give more documents or data.heldout",
@@ -67,6 +69,21 @@ def packed_corpus(
         f"with {len(held):,} tokens of {held.info.documents:,} held out"
     )
     return kept, held
+
+
+def natural_prose(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """The sources to measure on: each once, without those that make their documents.
+
+    Retrieval pages hold facts like a needle's and end in random values: in a haystack they compete with the needle,
+    and no loss on them tells how well a text is read. What a stream lists several times is no new text. A pack is taken
+    as it lies. Raises HypenetError where nothing is left.
+    """
+    kept = tuple(source for source in dict.fromkeys(sources) if not is_synthetic(source))
+    if not kept:
+        raise HypenetError(
+            "the held-out documents are all synthetic; add prose to data.sources or name data.heldout to test on"
+        )
+    return kept
 
 
 def _ready(sources: tuple[str, ...], tokenizer: Tokenizer) -> PackedTokens | None:
@@ -147,6 +164,14 @@ def long_documents(heldout: PackedTokens, length: int, count: int) -> np.ndarray
             "lower the length or hold out longer texts"
         )
     return windows
+
+
+def measured_text(
+    settings: EvaluateConfig, heldout: PackedTokens, tokenizer: Tokenizer
+) -> tuple[np.ndarray, str | list[str]]:
+    """(windows of perplexity as `long_documents`, essays of the haystacks), both held out unless essays are named."""
+    windows = long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
+    return windows, settings.essays or heldout_prose(heldout, tokenizer)
 
 
 def heldout_prose(heldout: PackedTokens, tokenizer: Tokenizer, characters: int = 400_000) -> list[str]:

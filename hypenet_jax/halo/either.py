@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from hypenet_jax.model import LanguageModel, mixers, stack
 from hypenet_jax.train.losses import distill_loss
@@ -36,16 +35,7 @@ class EitherModel:
                 normed_BTD,
             )
 
-        return stack.forward(
-            weights,
-            student.config,
-            tokens_BT,
-            segment_ids,
-            dtype=jnp.dtype(student.dtype),
-            remat=student.remat,
-            mix=mix,
-            exchange=student.exchange,
-        )
+        return student.hidden(weights, tokens_BT, segment_ids, mix=mix)
 
     def head(self, params: dict) -> jax.Array:
         """The output projection [D, V]."""

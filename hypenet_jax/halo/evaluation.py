@@ -35,8 +35,7 @@ def evaluate(run: Run) -> dict:
     found = read_json(path) if path.is_file() else {}
     if {name: found.get(name) for name in wanted} != json.loads(json.dumps(wanted)):
         found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
-    windows = corpus.long_documents(run.heldout, settings.perplexity_length, settings.perplexity_documents)
-    essays = settings.essays or corpus.heldout_prose(run.heldout, run.tokenizer)
+    windows, essays = corpus.measured_text(settings, run.heldout, run.tokenizer)
     begun = found.pop("begun", {})
     for name, (model, params) in models.items():
         if name in found["models"]:

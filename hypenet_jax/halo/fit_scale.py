@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypenet_jax.evals.token_nll import padded_rows, project_nll
-from hypenet_jax.model import LanguageModel, stack
+from hypenet_jax.model import LanguageModel
 from hypenet_jax.parallel.activations import mesh_of
 from hypenet_jax.parallel.processes import on_host
 
@@ -33,15 +33,7 @@ def fit_scale(
 
     @jax.jit
     def total_nll(params, tokens_BT, targets_BT, ids_BT, a):
-        hidden = stack.forward(
-            params,
-            plain.config,
-            tokens_BT,
-            ids_BT,
-            dtype=jnp.dtype(plain.dtype),
-            hype_a=a,
-            exchange=plain.exchange,
-        )
+        hidden = plain.hidden(params, tokens_BT, ids_BT, hype_a=a)
         nll_BT, _ = project_nll(hidden, plain.head(params), targets_BT, ids_BT)
         return jnp.sum(nll_BT, axis=1)
 

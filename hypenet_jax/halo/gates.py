@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hypenet_jax.halo.settings import GateSearchConfig
-from hypenet_jax.model import LanguageModel, mixers, stack
+from hypenet_jax.model import LanguageModel, mixers
 from hypenet_jax.train.losses import distill_loss
 from hypenet_jax.train.stage import StageConfig
 
@@ -72,16 +72,7 @@ def gated_hidden(teacher: LanguageModel, student: LanguageModel) -> Callable:
             mixed = gate * own.astype(jnp.float32) + (1 - gate) * new.astype(jnp.float32)
             return mixed.astype(own.dtype)
 
-        return stack.forward(
-            params,
-            teacher.config,
-            tokens_BT,
-            segment_ids_BT,
-            dtype=jnp.dtype(teacher.dtype),
-            remat=teacher.remat,
-            mix=mix,
-            exchange=teacher.exchange,
-        )
+        return teacher.hidden(params, tokens_BT, segment_ids_BT, mix=mix)
 
     return hidden
 

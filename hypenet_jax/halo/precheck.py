@@ -75,9 +75,8 @@ def check_evaluation(
 ) -> None:
     """Raise HypenetError where no held-out document is as long as perplexity needs, or a length holds no needle."""
     with section(name):
-        corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents)
+        _, essays = corpus.measured_text(settings, heldout, tokenizer)
         suite.prompt_ids(tokenizer, settings.prompts, settings.chat)
-        essays = settings.essays or corpus.heldout_prose(heldout, tokenizer)
         for task in settings.tasks:
             suite.needle_samples(tokenizer, settings, task, min(settings.lengths), essays, seed)
 

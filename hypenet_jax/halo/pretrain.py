@@ -65,14 +65,15 @@ def pretrain(
     export = path / "export"
     hub.save(model, params, export, card=run_card(path, model.config, "float32", command))
     settings = config.evaluate
+    windows, essays = corpus.measured_text(settings, heldout, tokenizer)
     with timed(path, "evaluate"):
         measured = suite.evaluate_model(
             model,
             params,
             tokenizer,
             settings,
-            windows=corpus.long_documents(heldout, settings.perplexity_length, settings.perplexity_documents),
-            essays=settings.essays or corpus.heldout_prose(heldout, tokenizer),
+            windows=windows,
+            essays=essays,
             seed=config.seed,
             report=reporter.message,
         )

@@ -38,7 +38,10 @@ def check_positive(section: str, settings: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text to train on. A share of the documents, chosen by their content, is held out for every measurement."""
+    """Text to train on. A share of the documents, chosen by their content, is held out for every measurement.
+
+    Synthetic documents ("retrieval:...") are for training alone: none is measured on.
+    """
 
     sources: tuple[str, ...]
     heldout: tuple[str, ...] = ()  # documents of their own instead of a held-out share

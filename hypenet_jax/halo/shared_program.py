@@ -49,15 +49,7 @@ class SharedProgram:
             )
             return mixers.BY_NAME[kind].forward(weights[f"layer_{layer}"]["mixer"], self.config, normed_BTD, context)
 
-        return stack.forward(
-            weights,
-            self.config,
-            tokens_BT,
-            segment_ids,
-            dtype=jnp.dtype(self.dtype),
-            remat=self.remat,
-            mix=mix,
-        )
+        return LanguageModel(self.config, self.dtype, self.remat).hidden(weights, tokens_BT, segment_ids, mix=mix)
 
     def head(self, params: dict) -> jax.Array:
         """The output projection [D, V]."""

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hypenet_jax.evals.choice import Choices, choice
 from hypenet_jax.evals.recall import RecallRows, recall
 from hypenet_jax.evals.token_nll import project_nll
-from hypenet_jax.model import LanguageModel, mixers, stack
+from hypenet_jax.model import LanguageModel, mixers
 from hypenet_jax.parallel.activations import mesh_of
 from hypenet_jax.parallel.sharded_kernels import linear_kl
 
@@ -37,15 +36,7 @@ def variant_hidden(teacher: LanguageModel, student: LanguageModel) -> Callable:
                 normed_BTD,
             )
 
-        return stack.forward(
-            params,
-            teacher.config,
-            tokens_BT,
-            segment_ids_BT,
-            dtype=jnp.dtype(teacher.dtype),
-            mix=mix,
-            exchange=teacher.exchange,
-        )
+        return teacher.hidden(params, tokens_BT, segment_ids_BT, mix=mix)
 
     return hidden
 

@@ -57,8 +57,9 @@ class LanguageModel:
         tokens_BT: jax.Array,
         segment_ids: jax.Array | None = None,
         hype_a: jax.Array | None = None,
+        mix: stack.Mix | None = None,
     ) -> jax.Array:
-        """Hidden states after the final norm, [B, T, D] in the compute dtype; `hype_a`: see `stack.forward`."""
+        """Hidden states after the final norm, [B, T, D] in the compute dtype; `hype_a`, `mix`: see `stack.forward`."""
         return stack.forward(
             params,
             self.config,
@@ -66,6 +67,7 @@ class LanguageModel:
             segment_ids,
             dtype=jnp.dtype(self.dtype),
             remat=self.remat,
+            mix=mix,
             hype_a=hype_a,
             exchange=self.exchange,
         )

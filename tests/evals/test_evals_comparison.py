@@ -75,6 +75,7 @@ def test_the_page_says_what_was_found(workdir):
         "Best of the others at 32K",
         "a = 100, a = 101",
         "2 seeds",
+        "Seeds</td><td>0, 1<",
     ):
         assert words in text
     # Every line is in the figure, and the one training in its own.

@@ -247,7 +247,7 @@ def test_a_broken_file_is_named(workdir, name, content):
 
 def test_a_page_of_somebody_else_is_kept(workdir):
     write(workdir, "report/index.html", "<p>mine</p>")
-    with pytest.raises(HypenetError, match="not a report"):
+    with pytest.raises(HypenetError, match="not a page of hypenet_jax"):
         report.write_report(workdir)
     assert (workdir / "report/index.html").read_text() == "<p>mine</p>"
 

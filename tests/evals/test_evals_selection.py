@@ -2,6 +2,7 @@
 
 import pytest
 
+from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.intervals import wilson
 from hypenet_jax.evals.selection_table import overlap, selection_table, write_selection
 
@@ -54,4 +55,9 @@ def test_the_page_of_a_table(table, tmp_path):
     page = write_selection(tmp_path, table).read_text()
     for word in ("gate-search", "0 to 32", "31 to 86", "2.000 to 4.000", "hypenet &lt;compare&gt;", "5/8"):
         assert word in page, word
+    assert "Wall time, teacher</td><td>2 s" in page and "Seeds</td><td>0, 1<" in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "table.json"]
+    write_selection(tmp_path, table)
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(HypenetError, match="is not a page of hypenet_jax"):
+        write_selection(tmp_path, table)

@@ -75,7 +75,16 @@ def test_the_page(tmp_path):
     found = result("toy", "Which & why?", VARIANTS, CELLS) | about
     (tmp_path / "result.json").write_text(json.dumps(found))
     text = write_study(tmp_path).read_text()
-    for words in ("Which &amp; why?", "&lt;theirs&gt;", "1 x cpu", "hypenet ablate", "6/8", "<svg"):
+    for words in (
+        "Which &amp; why?",
+        "&lt;theirs&gt;",
+        "1 x cpu",
+        "hypenet ablate",
+        "6/8",
+        "<svg",
+        "Wall time, all cells</td><td>4 s",
+        "Seeds</td><td>0, 1<",
+    ):
         assert words in text, words
     write_study(tmp_path)
     (tmp_path / "index.html").write_text("mine")

@@ -12,9 +12,8 @@ from hypenet_jax.cli import main
 from hypenet_jax.config import load_config
 from hypenet_jax.data.tokenizers import byte_tokenizer
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.compare import natural_prose, trainings
+from hypenet_jax.halo.compare import trainings
 from hypenet_jax.halo.compare_settings import ComparisonConfig, VariantConfig
-from hypenet_jax.halo.corpus import is_heldout
 from hypenet_jax.halo.pretrain import network
 from hypenet_jax.halo.settings import DataConfig, EvaluateConfig, NetworkConfig
 from hypenet_jax.halo.shared_program import choice, shared_program
@@ -224,14 +223,3 @@ def test_the_other_kind_of_config(program, tmp_path, capsys):
     assert run("configs/demo_teacher.py", tmp_path / "b") == 2
     assert "needs one for comparing architectures" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_tested_on_is_prose_and_new(documents_file):
-    twice = DataConfig((str(documents_file), "retrieval:50", str(documents_file)), heldout_share=0.3)
-    texts = natural_prose(twice, byte_tokenizer())
-    rows = [json.loads(line)["text"] for line in documents_file.read_text().splitlines()]
-    assert texts == [text for text in rows if is_heldout(text, 0.3)] and 10 < len(texts) < 50
-    named = DataConfig(("retrieval:50",), heldout=(str(documents_file),))
-    assert natural_prose(named, byte_tokenizer()) == rows
-    with pytest.raises(HypenetError, match="all synthetic"):
-        natural_prose(DataConfig(("retrieval:50",)), byte_tokenizer())

@@ -65,7 +65,7 @@ def test_every_method_and_seed_is_there(compared):
 
 def test_the_page(compared):
     page = (compared / "selection" / "index.html").read_text()
-    for word in (*METHODS, "<svg", "Every distinct choice", "Wall seconds, gate search, seed 1"):
+    for word in (*METHODS, "<svg", "Every distinct choice", "Wall time, gate search, seed 1"):
         assert word in page, word
     assert "http://" not in page.replace("http://www.w3.org", "")
 
