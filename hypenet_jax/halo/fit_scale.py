@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,18 @@ UNSCALED = 1e30
 
 
 def fit_scale(
-    model: LanguageModel, params: dict, windows: np.ndarray, grid: Sequence[float], batch_size: int = 1
+    model: LanguageModel,
+    params: dict,
+    windows: np.ndarray,
+    grid: Sequence[float],
+    batch_size: int = 1,
+    between: Callable[[], None] = lambda: None,
 ) -> dict:
     """Mean next-token loss over windows int32 [N, T+1] for every a of the grid, and without scaling.
 
     Returns {"a", "grid", "loss", "loss_unscaled", "length", "documents"}; "a" is the grid's best, refined by the
     vertex of the parabola through it and its two neighbours in ln(a) where it lies inside the grid. a is traced: one
-    compilation serves the grid.
+    compilation serves the grid. `between` is called before each a, where a run may be stopped.
     """
     # The training-time network, whatever scaling the config carries.
     plain = model.with_logits_scaling(None)
@@ -44,6 +49,7 @@ def fit_scale(
         return jnp.sum(nll_BT, axis=1)
 
     def loss(a: float) -> float:
+        between()
         total = 0.0
         for start in range(0, len(windows), batch_size):
             rows = padded_rows(windows, start, batch_size)
