@@ -65,7 +65,7 @@ def batch_of(
 
 
 def _end_with_the_parent(_worker: int, _workers: int) -> None:
-    """In a process that reads ahead: one that was killed, or left at once, cannot end it, and it would stay for ever."""
+    """In a process that reads ahead: one that was killed, or left at once, cannot end it, and it would stay."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
