@@ -84,9 +84,11 @@ def _refusal(error: BaseException | None) -> str | None:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.command in RUN_COMMANDS:
         from hypenet_jax.parallel import startup
+        from hypenet_jax.train.preemption import ends_at_sigterm
 
-        startup.start()
-        _run_config(arguments)
+        with ends_at_sigterm():
+            startup.start()
+            _run_config(arguments)
     else:
         SINGLE[arguments.command](arguments)
 

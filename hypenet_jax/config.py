@@ -38,10 +38,17 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> AnyC
     tree = _run_program(pathlib.Path(path))
     kind: type = ComparisonConfig if "variants" in tree else PretrainConfig if "model" in tree else ConvertConfig
     for override in overrides:
+        if override.startswith("mesh."):
+            _name_sizes(tree)
         _apply_override(tree, override, kind)
+    _name_sizes(tree)
+    return from_mapping(kind, tree)
+
+
+def _name_sizes(tree: dict[str, Any]) -> None:
+    """The sizes of a mesh that is named by its machine, one of which may then be changed."""
     if isinstance(tree.get("mesh"), str):
         tree["mesh"] = preset(tree["mesh"])
-    return from_mapping(kind, tree)
 
 
 def from_mapping(kind: type, values: Mapping[str, Any], where: str = "") -> Any:

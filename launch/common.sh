@@ -4,10 +4,12 @@
 shopt -s inherit_errexit
 EXIT_USAGE=2
 EXIT_PREEMPTED=75
+# Another process was lost: hypenet's own word, and how a shell writes the SIGABRT with which JAX ends a process then.
 EXIT_LOST=76
+EXIT_ABORTED=134
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export ROOT EXIT_USAGE EXIT_PREEMPTED EXIT_LOST
+export ROOT EXIT_USAGE EXIT_PREEMPTED EXIT_LOST EXIT_ABORTED
 
 # One sentence on standard error and exit code 2: a mistake that the user can mend.
 usage_error() {

@@ -113,16 +113,27 @@ ssh_to() { # WORKER COMMAND
     '--ssh-flag=-o ServerAliveInterval=30' "--command=$2"
 }
 
+# What a describing command says, or ABSENT where gcloud finds nothing. Tried three times: a call that failed says
+# nothing of the resource, which may well be running.
+described() {
+  local attempt words=$SCRATCH/describe.$BASHPID
+  for attempt in 1 2 3; do
+    "$@" 2>"$words" && return
+    grep -qi 'not.found' "$words" && echo ABSENT && return
+    ((attempt == 3)) || sleep "$POLL"
+  done
+  fail "gcloud cannot describe '$NAME' in $ZONE: $(tail -n 1 "$words"); nothing was changed, the same command goes on"
+}
+
+node() { gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" "--format=value($1)"; }
+
 # ABSENT, a state of the queued resource, or PREEMPTED where it is active and its node is gone.
 resource_state() {
   local state node
-  if ! state=$(queued describe '--format=value(state.state)' 2>"$SCRATCH/describe"); then
-    grep -qi 'not.found' "$SCRATCH/describe" && echo ABSENT && return
-    fail "gcloud cannot describe '$NAME' in $ZONE: $(tail -n 1 "$SCRATCH/describe")"
-  fi
+  state=$(described queued describe '--format=value(state.state)')
   if [[ $state == ACTIVE ]]; then
-    node=$(gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" '--format=value(state)' 2>/dev/null) || node=GONE
-    case $node in PREEMPTED | TERMINATED | STOPPED | GONE) state=PREEMPTED ;; esac
+    node=$(described node state)
+    case $node in PREEMPTED | TERMINATED | STOPPED | ABSENT) state=PREEMPTED ;; esac
   fi
   echo "$state"
 }
@@ -132,7 +143,7 @@ create() {
   ((SPOT)) && options+=(--spot)
   [[ -z $SERVICE_ACCOUNT ]] || options+=("--service-account=$SERVICE_ACCOUNT")
   say "asking for $TYPE in $ZONE as '$NAME'"
-  queued create "${options[@]}" --quiet || fail "gcloud refused to create '$NAME'; its words are above, nothing was made"
+  queued create "${options[@]}" --quiet || fail "gcloud could not create '$NAME'; its words are above, --down removes what it may have made"
 }
 
 delete() { queued delete --force --quiet || fail "'$NAME' could not be deleted; run again with --down, for it may cost money"; }
@@ -166,8 +177,7 @@ ensure_active() {
 }
 
 count_workers() {
-  WORKERS=$(gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" '--format=value(networkEndpoints.len())') ||
-    fail "gcloud cannot describe the node '$NAME'; run the same command again"
+  WORKERS=$(described node 'networkEndpoints.len()')
   [[ $WORKERS =~ ^[1-9][0-9]*$ ]] || fail "the node '$NAME' lists no workers; delete it with --down and start again"
 }
 
@@ -346,17 +356,23 @@ outcome() {
 }
 
 explain_failure() {
-  local worker
-  local ended=$EXIT_LOST
+  local worker code cause=''
   # A worker that lost another one is not the cause, unless nothing else is known.
-  [[ ${CODES[*]//$EXIT_LOST/0} =~ [1-9l] ]] || ended=none
+  for code in "${CODES[@]}"; do
+    case $code in 0 | "$EXIT_LOST" | "$EXIT_ABORTED") ;; *) cause=another ;; esac
+  done
   for ((worker = 0; worker < WORKERS; worker++)); do
     case ${CODES[worker]} in
-      0 | "$ended") ;;
+      0) ;;
+      "$EXIT_LOST" | "$EXIT_ABORTED") [[ -n $cause ]] || lost_another "$worker" ;;
       lost) fail "worker $worker was lost while it ran; the same command continues, logs are in $LOGS" ;;
       *) fail "worker $worker ended with exit code ${CODES[worker]} (last words: $(grep -v '^hypenet-exit-code=' "$LOGS/worker-$worker.log" | tail -n 1)); logs are in $LOGS, the resource stays, remove it with --down" ;;
     esac
   done
+}
+
+lost_another() {
+  fail "worker $1 lost another worker, of which nothing is known; the same command continues, logs are in $LOGS"
 }
 
 # shellcheck disable=SC2059,SC2088

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -59,6 +62,18 @@ def batch_of(
         "segment_ids": documents_BS[:, :-1] - documents_BS[:, :1],
         "loss_mask": ~unlearned_BS[:, 1:],
     }
+
+
+def _end_with_the_parent(_worker: int, _workers: int) -> None:
+    """In a process that reads ahead: one that was killed, or left at once, cannot end it, and it would stay."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,5 +215,6 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
             # grain's processes read absl's flags, which nobody has parsed outside an absl program.
             if not absl.flags.FLAGS.is_parsed():
                 absl.flags.FLAGS.mark_as_parsed()
-            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
+            processes = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
+            ahead = ahead.mp_prefetch(processes, worker_init_fn=_end_with_the_parent)
         return iter(ahead)

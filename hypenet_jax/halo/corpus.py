@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -107,7 +108,14 @@ def _packed(
 ) -> PackedTokens:
     """The wanted documents of the sources, packed into `directory`; HypenetError(otherwise) where there is none."""
     documents = (document for document in _documents(sources) if wanted(document.text))
-    first(lambda: pack(_some(documents, otherwise), tokenizer, directory, seed=seed, sources=(*sources, choice)))
+
+    def write() -> None:
+        # Nobody else packs in a work directory: what lies there was killed.
+        for left in directory.parent.glob(f".{directory.name}.partial-*"):
+            shutil.rmtree(left)
+        pack(_some(documents, otherwise), tokenizer, directory, seed=seed, sources=(*sources, choice))
+
+    first(write)
     return PackedTokens(directory, tokenizer)
 
 

@@ -20,13 +20,19 @@ WIDEST = (2.0, 1e6)
 
 
 def fit_scale(
-    model: LanguageModel, params: dict, windows: np.ndarray, grid: Sequence[float], batch_size: int = 1
+    model: LanguageModel,
+    params: dict,
+    windows: np.ndarray,
+    grid: Sequence[float],
+    batch_size: int = 1,
+    between: Callable[[], None] = lambda: None,
 ) -> dict:
     """Mean next-token loss over windows int32 [N, T+1] for every a of the grid, and without scaling.
 
     Returns {"a", "grid", "loss", "loss_unscaled", "length", "documents"}; "a" is the grid's best, refined by the
     vertex of the parabola through it and its two neighbours in ln(a). A grid whose best is at its end is followed
     further (`widened`); the grid returned is all that was tried. a is traced: one compilation serves the grid.
+    `between` is called before each a, where a run may be stopped.
     """
     # The training-time network, whatever scaling the config carries.
     plain = model.with_logits_scaling(None)
@@ -38,6 +44,7 @@ def fit_scale(
         return jnp.sum(nll_BT, axis=1)
 
     def loss(a: float) -> float:
+        between()
         total = 0.0
         for start in range(0, len(windows), batch_size):
             rows = padded_rows(windows, start, batch_size)

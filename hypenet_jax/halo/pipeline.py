@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from functools import partial
 
 from hypenet_jax import hub
 from hypenet_jax.config import to_mapping
@@ -28,11 +29,13 @@ from hypenet_jax.halo.run import (
     transferred,
 )
 from hypenet_jax.halo.workdir import add_seconds, read_json, timed, write_json
+from hypenet_jax.hub.directory import remove_partial
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.processes import first
 from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.loop import train
+from hypenet_jax.train.preemption import stop_if_asked
 from hypenet_jax.train.stage import StageConfig
 
 # `teacher_output` of a config: the teacher runs beside the student.
@@ -153,7 +156,8 @@ def fit(run: Run) -> float:
         student, params = student_of(run), finished(run, "finetune")
         with timed(run.workdir, "fit_scale"):
             windows = corpus.long_documents(run.heldout, settings.length, settings.documents)
-            fitted = fit_scale(student, params, windows, settings.grid, settings.batch_size)
+            between = partial(stop_if_asked, run.reporter.message, "fit_scale")
+            fitted = fit_scale(student, params, windows, settings.grid, settings.batch_size, between)
             write_json(path, fitted)
     fitted = read_json(path)
     run.reporter.message(
@@ -167,6 +171,8 @@ def export(run: Run) -> pathlib.Path:
     """The student with its fitted scaling and its model card as a Hugging Face directory, W/export."""
     student, params = finished_student(run)
     directory = run.workdir / EXPORT
+    stop_if_asked(run.reporter.message, "export")
+    first(lambda: remove_partial(directory))
     with timed(run.workdir, "export"):
         hub.save(student, params, directory, EXPORT_DTYPE, card=card(run, student))
     run.reporter.message(f"export  {directory}")
@@ -192,6 +198,7 @@ def measured(run: Run, mixers: dict, seed: int, *, restored: bool, costs: dict |
             f"select  without the attention of layer {layer}: recall {scores['recall']:.3f}, "
             f"choice {scores['csr']:.3f}, KL {scores['kl']:.4f}"
         )
+        stop_if_asked(run.reporter.message, "select")
 
     common: dict = {"recall_rows": rows, "batch_size": settings.batch_size, "costs": costs}
     scores = variants.measure(run.teacher, params, student, mixers, choices=choices, report=report, **common)

@@ -25,6 +25,7 @@ from hypenet_jax.model import LanguageModel
 from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.processes import first, is_writer, on_writer, own_rows, place_rows
 from hypenet_jax.parallel.rules import batch_sharding
+from hypenet_jax.train.preemption import stop_if_asked
 from hypenet_jax.train.stage import StageConfig
 
 # The directory in a work directory, and what a file in it holds at most: what a kill costs.
@@ -118,6 +119,7 @@ def write(
             for _ in found:
                 pass
         say(f"cache-teacher  file {done} of {len(missing)}")
+        stop_if_asked(say, "cache-teacher")
     write_json(directory / META, wanted)
 
 

@@ -50,6 +50,13 @@ def new_directory(directory: Path, needed_bytes: int, about: dict[str, Any]) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_partial(directory: Path) -> None:
+    """Remove what exports to `directory` have left beside it that were killed; only where nobody else writes there."""
+    for kind in ("partial", "previous"):
+        for left in directory.parent.glob(f".{directory.name}.????????.{kind}"):
+            shutil.rmtree(left)
+
+
 def check_replaceable(target: Path) -> None:
     """Raise HypenetError unless `target` is absent, empty, or a previous export that nobody added to."""
     if not target.exists():

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from hypenet_jax.errors import HypenetError
 
+# At most so much of fsdp: it divides the rows of all of HALO's stages (32, 96 and 128).
+MOST_FSDP = 32
+# Chips of the slices that the Cloud offers, of v5e and v6e.
+_SLICES = (4, 8, 16, 32, 64, 128, 256)
+
+
+def spread(chips: int) -> dict[str, int]:
+    """fsdp first, for it costs no memory and overlaps with compute; the rest is tensor."""
+    fsdp = min(chips, MOST_FSDP)
+    return {"fsdp": fsdp} | ({"tensor": chips // fsdp} if chips > fsdp else {})
+
+
 # Machine -> mesh sizes; they multiply to its chips. "v5p-N" has N cores, two a chip; "v5e-N" and "v6e-N" have N chips.
-# fsdp first: it costs no memory and overlaps with compute. At most 32 of it, which divides the rows of all of HALO's
-# stages (32, 96 and 128); the rest is tensor.
 PRESETS: dict[str, dict[str, int]] = {
     "cpu8": {"data": 2, "fsdp": 2, "tensor": 2},  # eight virtual devices: every axis takes part in a test
     "h100x8": {"fsdp": 8},
     "h200x2": {"fsdp": 2},
-    "v5e-16": {"fsdp": 16},
-    "v5e-256": {"fsdp": 32, "tensor": 8},
-    "v5p-8": {"fsdp": 4},
-    "v5p-16": {"fsdp": 8},
-    "v5p-32": {"fsdp": 16},
-    "v5p-64": {"fsdp": 32},
-    "v5p-128": {"fsdp": 32, "tensor": 2},
-    "v5p-256": {"fsdp": 32, "tensor": 4},
-    "v5p-512": {"fsdp": 32, "tensor": 8},
-    "v6e-64": {"fsdp": 32, "tensor": 2},
+    **{f"v5e-{chips}": spread(chips) for chips in _SLICES},
+    **{f"v5p-{2 * chips}": spread(chips) for chips in (*_SLICES, 512)},
+    **{f"v6e-{chips}": spread(chips) for chips in _SLICES},
 }
 
 

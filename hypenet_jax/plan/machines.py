@@ -20,7 +20,6 @@ from typing import Any
 import jax
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.parallel.presets import PRESETS
 from kernels_pallas.absent import open_topology
 
 GIB = 2**30
@@ -117,7 +116,10 @@ def machine(name: str) -> Machine:
             return Machine(name, _GPUS[match[1]], count, "gpu", f"{match[1]}:{hosts}x{count // hosts}", hosts)
     elif (match := re.fullmatch(r"cpu(\d+)", name)) and int(match[1]) in range(1, 65):
         return Machine(name, CPU, int(match[1]), "cpu", "")
-    raise HypenetError(f"topology {name!r} is no machine we know; give one like {', '.join(PRESETS)}")
+    raise HypenetError(
+        f"topology {name!r} is no machine we know; give v5e-N or v6e-N of 4 to 256 chips, v5p-N of 8 to 1024 cores "
+        f"(powers of two), h100xN or h200xN of 1, 2 or 4 GPUs or of 1 to {MOST_HOSTS} hosts of 8, or cpuN of 1 to 64"
+    )
 
 
 def use_cpu(devices: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +18,8 @@ from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
 from hypenet_jax.parallel.mesh import SLICES, make_mesh
-from hypenet_jax.parallel.presets import PRESETS
-from hypenet_jax.plan.compile import QUICK, Compiled, compile_work
+from hypenet_jax.parallel.presets import MOST_FSDP, PRESETS, spread
+from hypenet_jax.plan.compile import QUICK, Compiled, compile_work, held
 from hypenet_jax.plan.machines import (
     GIB,
     Machine,
@@ -58,22 +61,26 @@ def plan(
         sizes are not known, or batches that do not divide.
     """
     teacher = config_of(config.teacher) if isinstance(config, ConvertConfig) else None
-    machines = [machine(name) for name in topologies]
+    machines, given = [machine(name) for name in topologies], [parsed_mesh(text) for text in meshes]
     use_cpu(max((m.chips for m in machines if m.platform == "cpu"), default=1))
-    records = []
-    for one in machines:
-        devices = open_devices(one)
-        here = dataclasses.replace(config, dtype="float32") if one.platform == "cpu" else config
-        for axes in [parsed_mesh(text) for text in meshes] or [_default_mesh(config, one)]:
-            mesh = make_mesh(axes, devices)
-            say(f"{one.name}, {one.chips} chips, mesh {written(axes)}")
-            for stage in stages or stages_of(config):
-                records.append(_record(stage, here, teacher, one, mesh, axes, effort, say))
-                say(describe(records[-1]))
+    wanted = list(stages or stages_of(config))
+    cells = [_cell(config, one, axes) for one in machines for axes in given or [_default_mesh(config, one)]]
+    # What can be wrong is said before the first compilation, which may take minutes.
+    for cell in cells:
+        for stage in wanted:
+            with _named(cell, stage):
+                work_of(stage, cell.config, teacher, cell.mesh)
+    _check_places(json_file, directory)
+    records: list[dict[str, Any]] = []
+    for cell in cells:
+        say(f"{cell.machine.name}, {cell.machine.chips} chips, mesh {written(cell.axes)}")
+        for stage in wanted:
+            records.append(_record(stage, cell, teacher, effort, say))
+            say(describe(records[-1]))
+            if json_file:
+                write_json(pathlib.Path(json_file), records)
     if len(records) > 1:
         say(overview(records))
-    if json_file:
-        write_json(pathlib.Path(json_file), records)
     if directory:
         from hypenet_jax.plan.plot import write_plan
 
@@ -81,25 +88,61 @@ def plan(
     return records
 
 
-def _record(
-    stage: str,
-    config: ConvertConfig | PretrainConfig,
-    teacher: ModelConfig | None,
-    one: Machine,
-    mesh: jax.sharding.Mesh,
-    axes: dict[str, int],
-    effort: float,
-    say: Callable[[str], Any],
-) -> dict[str, Any]:
-    def compile_with(config: ConvertConfig | PretrainConfig, axes: dict[str, int]) -> Compiled:
-        other = make_mesh(axes, list(mesh.devices.flat))
-        return compile_work(work_of(stage, config, teacher, other), other, effort, one)
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """One mesh of one machine, and the config as it is planned there."""
 
-    work = work_of(stage, config, teacher, mesh)
-    compiled = compile_work(work, mesh, effort, one)
-    record = _numbers(work, compiled, one, mesh, axes)
+    config: ConvertConfig | PretrainConfig
+    machine: Machine
+    mesh: jax.sharding.Mesh
+    axes: dict[str, int]
+
+
+def _cell(config: ConvertConfig | PretrainConfig, one: Machine, axes: dict[str, int]) -> _Cell:
+    here = dataclasses.replace(config, dtype="float32") if one.platform == "cpu" else config
+    mesh = make_mesh(axes, open_devices(one))
+    # The sizes that they have come to: one may have been "the rest".
+    return _Cell(here, one, mesh, {name: mesh.shape[name] for name in axes if name in mesh.shape})
+
+
+@contextlib.contextmanager
+def _named(cell: _Cell, stage: str) -> Iterator[None]:
+    """Which of several cells a mistake is in."""
+    try:
+        yield
+    except HypenetError as error:
+        raise HypenetError(f"{stage} on {cell.machine.name}, mesh {written(cell.axes)}: {error}") from None
+
+
+def _check_places(json_file: str | None, directory: str | None) -> None:
+    places = [pathlib.Path(json_file).parent] if json_file else []
+    for place in places + ([pathlib.Path(directory)] if directory else []):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HypenetError(f"{place} cannot be a directory ({error.strerror}); choose another place") from None
+    if json_file and pathlib.Path(json_file).is_dir():
+        raise HypenetError(f"{json_file} is a directory; name a file for the records")
+
+
+def _record(
+    stage: str, cell: _Cell, teacher: ModelConfig | None, effort: float, say: Callable[[str], Any]
+) -> dict[str, Any]:
+    one = cell.machine
+
+    def compile_with(config: ConvertConfig | PretrainConfig, axes: dict[str, int]) -> Compiled:
+        other = make_mesh(axes, list(cell.mesh.devices.flat))
+        work = work_of(stage, config, teacher, other)
+        least = sum(held(tree) for tree in work.parts.values() if tree is not None)
+        if one.chip.memory and least > one.chip.memory * GIB:
+            raise HypenetError(f"the arguments alone take {least / GIB:.1f} GiB; divide them further")
+        return compile_work(work, other, effort, one)
+
+    work = work_of(stage, cell.config, teacher, cell.mesh)
+    compiled = compile_work(work, cell.mesh, effort, one)
+    record = _numbers(work, compiled, one, cell.mesh, cell.axes)
     if compiled.short:
-        record["remedy"] = remedy(stage, config, axes, compile_with, say)
+        record["remedy"] = remedy(stage, cell.config, cell.axes, compile_with, say)
     return record
 
 
@@ -153,19 +196,24 @@ def parsed_mesh(text: str) -> dict[str, int]:
     """The sizes of "fsdp=16,tensor=4"; HypenetError for another form."""
     axes: dict[str, int] = {}
     for part in text.split(","):
-        name, _, size = part.partition("=")
-        if not size.lstrip("-").isdigit():
+        found = re.fullmatch(r"\s*(\w+)=(-?[0-9]{1,9})\s*", part)
+        if not found:
             raise HypenetError(f"mesh {text!r} is not of the form axis=size,axis=size, for example fsdp=16,tensor=4")
-        axes[name] = int(size)
+        if found[1] in axes:
+            raise HypenetError(f"mesh {text!r} gives {found[1]} twice; give each axis once")
+        axes[found[1]] = int(found[2])
     return axes
 
 
 def _default_mesh(config: ConvertConfig | PretrainConfig, one: Machine) -> dict[str, int]:
-    size = 1
-    for count in config.mesh.values():
-        size *= count
-    if config.mesh and size == one.chips:
+    """The config's mesh where it can multiply to the machine's chips, else one for the machine."""
+    known = math.prod(size for size in config.mesh.values() if size != -1)
+    rest = -1 in config.mesh.values()
+    if config.mesh and (one.chips % known == 0 if rest else one.chips == known):
         return dict(config.mesh)
     if one.hosts > 1:
-        return {SLICES: one.hosts, "fsdp": one.chips // one.hosts}
-    return dict(PRESETS.get(one.name, {"fsdp": one.chips}))
+        # Rows are split over hosts, too.
+        fsdp = max(1, min(one.chips // one.hosts, MOST_FSDP // one.hosts))
+        tensor = one.chips // one.hosts // fsdp
+        return {SLICES: one.hosts, "fsdp": fsdp} | ({"tensor": tensor} if tensor > 1 else {})
+    return dict(PRESETS.get(one.name) or spread(one.chips))

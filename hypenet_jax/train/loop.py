@@ -92,7 +92,7 @@ def train(
         param_shardings = jax.tree.map(lambda _: replicated(mesh), params)
     abstract = abstract_state(params, stage, param_shardings, mesh)
 
-    with Checkpoints(directory, keep=stage.keep) as checkpoints:
+    with Preemption() as preemption, Checkpoints(directory, keep=stage.keep) as checkpoints:
         first, saved = checkpoints.latest_step() or 0, {}
         if first:
             saved = checkpoints.about(first)
@@ -110,7 +110,7 @@ def train(
         update = update or make_step(loss_fn, stage, abstract, mesh, donate)
         log = _Log(name, stage, reporter, saved.get("metrics", {}), checkpoints)
 
-        with reporter.open(name, directory, stage.steps, first), Preemption() as preemption:
+        with reporter.open(name, directory, stage.steps, first):
             if first:
                 reporter.message(f"{name}: continuing from step {first} of {stage.steps}")
             for step in range(first + 1, stage.steps + 1):

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +22,7 @@ from hypenet_jax.data.sources import Document
 from hypenet_jax.data.tokenizers import byte_tokenizer
 from hypenet_jax.errors import HypenetError
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOKENIZER = byte_tokenizer()
 
 
@@ -218,3 +225,44 @@ def test_joined_rows_are_one_document(packed):
         np.testing.assert_array_equal(masked[name], joined[name])
     with pytest.raises(HypenetError, match="joined"):
         stage(packed).set_state(stage(packed, joined=True).get_state())
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from hypenet_jax.data.batches import StageBatches
+from hypenet_jax.data.packing import PackedTokens
+
+if __name__ == "__main__":
+    options = dict(seq_len=16, batch_size=4, start_token=0, steps=1000, seed=3, workers=2)
+    batches = StageBatches(PackedTokens(sys.argv[1]), **options)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_that_read_ahead_end_with_a_run_that_was_killed(packed, tmp_path):
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # Into a file: what still runs would keep a pipe open.
+    with open(tmp_path / "said", "w") as said:
+        subprocess.run([sys.executable, program, packed.directory], stdout=said, env=environment, timeout=120)
+    workers = [int(pid) for pid in (tmp_path / "said").read_text().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    try:
+        while any(map(runs, workers)):
+            assert time.monotonic() < deadline, "they run on"
+            time.sleep(0.05)
+    finally:
+        for pid in filter(runs, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+def runs(pid):
+    """Whether the process is there and no zombie that nobody has waited for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

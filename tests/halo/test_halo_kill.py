@@ -62,6 +62,7 @@ def test_killed_again_and_again(finished, convert_config, tmp_path, exported, st
         assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
     assert main(["convert", "--config", str(convert_config), "--workdir", str(directory)]) == 0
     assert exported(directory) == exported(finished)
+    assert not [path.name for path in directory.rglob("*") if "partial" in path.name or path.name.endswith(".previous")]
     for name in ("select.json", "fit_scale.json", "eval.json"):
         assert read_json(directory / name) == read_json(finished / name), name
     for stage in ("align", "distill", "finetune"):

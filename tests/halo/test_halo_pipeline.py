@@ -13,8 +13,9 @@ import pytest
 import hypenet_jax as hn
 from hypenet_jax.cli import main
 from hypenet_jax.evals import suite
-from hypenet_jax.halo import pipeline, run
+from hypenet_jax.halo import fit_scale, pipeline, run, variants
 from hypenet_jax.halo.workdir import read_json
+from hypenet_jax.hub import weights_out
 from hypenet_jax.parallel.mesh import make_mesh
 from hypenet_jax.train.preemption import EXIT_PREEMPTED
 
@@ -140,6 +141,53 @@ def test_new_measurements_of_a_finished_run(finished, convert_config, tmp_path, 
     assert {row["length"] for model in found["models"].values() for row in model["niah"]} == {480}
     assert found["samples"] == []
     assert contents(copy / "finetune") == contents(finished / "finetune")
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function", "product"),
+    [
+        ("select", variants, "choice", "select.json"),
+        ("fit-scale", fit_scale, "padded_rows", "fit_scale.json"),
+        ("export", weights_out, "_converted", "export/model.safetensors"),
+        ("evaluate", suite, "write_samples", "eval.json"),
+    ],
+)
+def test_sigterm_outside_training_ends_with_75_and_leaves_nothing_half_done(
+    finished, convert_config, tmp_path, monkeypatch, contents, capfd, command, module, function, product
+):
+    """A launcher starts again what ends with 75; what was not trained is done again from its beginning."""
+    copy, works, left = tmp_path / "run", getattr(module, function), [True]
+    unwanted = {product.partition("/")[0], "report"}
+    shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & unwanted)
+
+    def terminated(*arguments, **options):
+        if left:
+            left.pop()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return works(*arguments, **options)
+
+    monkeypatch.setattr(module, function, terminated)
+    line = [command, "--config", str(convert_config), "--workdir", str(copy)]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    assert stopped.value.code == EXIT_PREEMPTED and signal.getsignal(signal.SIGTERM) is before
+    assert "the same command continues" in capfd.readouterr().err
+    assert not (copy / product).exists() or read_json(copy / product)["models"] == {}
+    assert not [path for path in copy.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    assert main(line) == 0
+    assert contents(copy)[product] == contents(finished)[product]
+
+
+def test_what_was_killed_half_written_is_removed_by_the_next(finished, convert_config, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "data/train")
+    lefts = [copy / ".export.0123abcd.partial", copy / ".export.0123abcd.previous", copy / "data/.train.partial-x1"]
+    for left in lefts:
+        left.mkdir()
+    assert main(["export", "--config", str(convert_config), "--workdir", str(copy)]) == 0
+    assert (copy / "data/train").is_dir() and not any(left.exists() for left in lefts)
 
 
 def test_an_evaluation_that_is_stopped_goes_on_with_the_next_cell(finished, convert_config, tmp_path, monkeypatch):

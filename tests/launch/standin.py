@@ -56,6 +56,11 @@ def plain(program: str, arguments: list[str], state: dict) -> int:
 
 def gcloud(arguments: list[str], state: dict) -> int:
     kind, verb = arguments[2:4]
+    # "refuses": words of a command, and how often it fails for no reason of the resource's.
+    words, times = SCENARIO.get("refuses", ["", 0])
+    if words and words in " ".join(arguments) and turn(state, "refused") < times:
+        print("ERROR: (gcloud) HTTPError 503: the service is currently unavailable", file=sys.stderr)
+        return 1
     if kind == "queued-resources":
         return queued(verb, state)
     if verb == "describe":

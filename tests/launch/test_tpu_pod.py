@@ -83,6 +83,32 @@ def test_a_suspended_resource_is_replaced(cluster):
     assert cluster.verbs("create", "delete") == ["create", "delete", "create"]
 
 
+DESCRIBES = ("queued-resources describe", "--format=value(state)", "--format=value(networkEndpoints.len())")
+
+
+@pytest.mark.parametrize("describe", DESCRIBES)
+def test_a_call_that_fails_says_nothing_of_the_resource(cluster, describe):
+    """A running slice was once deleted for a 503."""
+    done = cluster.run("tpu_pod.sh", *RUN, refuses=[describe, 2])
+    assert done.returncode == 0, done.stderr
+    assert cluster.verbs("create", "delete") == ["create"]
+
+
+@pytest.mark.parametrize("describe", DESCRIBES)
+def test_calls_that_go_on_failing_end_the_launcher_and_leave_the_resource(cluster, describe):
+    cluster.run("tpu_pod.sh", *RUN)
+    refused = cluster.run("tpu_pod.sh", *RUN, refuses=[describe, 9])
+    assert refused.returncode == 1 and "gcloud cannot describe 'job'" in refused.stderr and "503" in refused.stderr
+    assert cluster.verbs("create", "delete") == ["create"]
+
+
+def test_a_refused_request_and_a_copy_that_fails_are_said(cluster):
+    refused = cluster.run("tpu_pod.sh", *RUN, refuses=["queued-resources create", 1])
+    assert refused.returncode == 1 and "--down removes what it may have made" in refused.stderr
+    copied = cluster.run("tpu_pod.sh", *RUN, refuses=["tpu-vm scp", 9])
+    assert copied.returncode == 1 and "could not be copied" in copied.stderr and "503" in copied.stderr
+
+
 def test_preemptions_without_end_stop_with_their_code(cluster):
     stopped = cluster.run("tpu_pod.sh", "--restarts", "2", *RUN, codes=[[75, 75]])
     assert stopped.returncode == 75 and steps(cluster, 0).count("start") == 3
@@ -96,7 +122,13 @@ def test_a_failed_run_names_the_worker_and_keeps_the_resource(cluster):
 
 
 @pytest.mark.parametrize(
-    ("codes", "named"), [([76, 1], "worker 1 ended with exit code 1"), ([0, 76], "worker 1 ended")]
+    ("codes", "named"),
+    [
+        ([76, 1], "worker 1 ended with exit code 1"),
+        ([134, 1], "worker 1 ended with exit code 1"),
+        ([0, 76], "worker 1 lost another worker"),
+        ([134, 76], "worker 0 lost another worker"),
+    ],
 )
 def test_a_worker_that_lost_another_is_named_only_if_no_other_failed(cluster, codes, named):
     failed = cluster.run("tpu_pod.sh", *RUN, codes=[codes])

@@ -1,6 +1,8 @@
 """`hypenet plan` for this host's devices, its mistakes in one sentence, and what it says when a step does not fit."""
 
+import dataclasses
 import json
+import math
 
 import jax
 import pytest
@@ -83,18 +85,29 @@ def test_weights_travel_one_by_one_and_gradients_return_divided(config_file):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--topology", "v9-3"], "topology 'v9-3' is no machine we know; give one like cpu8"),
+        (["--topology", "v9-3"], "topology 'v9-3' is no machine we know; give v5e-N"),
+        (["--topology", "cpu8,h100x3"], "topology 'h100x3' is no machine.*1, 2 or 4 GPUs"),
+        (["--topology", "cpu8", "--mesh", "fsdp=--8"], "mesh 'fsdp=--8' is not of the form"),
+        (["--topology", "cpu8", "--mesh", "fsdp=\u00b2"], "is not of the form"),
+        (["--topology", "cpu8", "--mesh", "fsdp=2,fsdp=8"], "mesh 'fsdp=2,fsdp=8' gives fsdp twice"),
+        (["--topology", "cpu8", "--json", "/proc/no/plan.json"], "/proc/no cannot be a directory.*another place"),
+        (["--topology", "cpu8", "--json", "/"], "/ is a directory; name a file"),
         (["--topology", "v5p-3"], "topology 'v5p-3' is no machine"),
         (["--topology", "cpu8", "--mesh", "fsdp=3"], "fsdp=3 x seq=1 x tensor=1 does not multiply to the 8 devices"),
         (["--topology", "cpu8", "--mesh", "fsdp"], "mesh 'fsdp' is not of the form axis=size"),
-        (["--topology", "cpu8", "--mesh", "data=1,fsdp=8", "--set", "distill.batch_size=12"], "do not divide over"),
+        (
+            ["--topology", "cpu4,cpu8", "--mesh", "fsdp=-1", "--set", "distill.batch_size=12"],
+            "distill on cpu8, mesh fsdp=8: .*do not divide over",
+        ),
         (["--topology", "cpu8", "--set", "teacher=nowhere"], "no model at nowhere.*qwen3-1.7b.*config.json"),
     ],
 )
 def test_mistakes_are_one_sentence(config_file, capsys, words, sentence):
     assert main(["plan", "--config", str(config_file), "--stages", "distill", *words]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
+    told = capsys.readouterr()
+    said = told.err.strip().splitlines()
+    # Of several machines and meshes not one is compiled before all are known to be right.
+    assert len(said) == 1 and not told.out
     with pytest.raises(HypenetError, match=sentence):
         raise HypenetError(said[0])
 
@@ -176,11 +189,58 @@ def test_the_remedy_is_one_that_compiles(config_file):
 
     said = []
     found = remedies.remedy("finetune", config, axes, compile_with, said.append)
-    assert found.startswith("--set mesh.data=1 --set mesh.fsdp=8 fits")
+    assert found.startswith("--set mesh.fsdp=8 fits")
     # 16 rows over 8 devices: two microbatches at most.
     assert tried == [(2, axes), (1, {"data": 1, "fsdp": 8})] and len(said) == 1
     nothing = remedies.remedy("finetune", config, axes, lambda *_: Compiled({}, short=2.0), said.append)
     assert "none suffices" in nothing and "larger chips" in nothing
+
+
+@pytest.mark.parametrize(
+    ("mesh", "topology", "given"),
+    [
+        ("{}", "v5e-16", None),
+        ("{'data': 2, 'fsdp': 4, 'seq': 1}", "cpu8", None),
+        ("{'fsdp': -1, 'tensor': 2}", "v5p-32", None),
+        ("'v5e-256'", "v5e-256", None),
+        ("{'tensor': 8}", "cpu8", {"data": 4, "fsdp": 2}),
+        ("{}", "h100x16", None),
+    ],
+)
+@pytest.mark.parametrize("stage", ["align", "finetune", "decode"])
+def test_a_remedy_given_to_a_run_makes_what_was_compiled(config_file, tmp_path, mesh, topology, given, stage):
+    program = tmp_path / "named.py"
+    program.write_text(config_file.read_text().replace("return config", f"config.mesh = {mesh}\n    return config"))
+    config, one = load_config(program, ["remat=False", "finetune.batch_size=512"]), machine(topology)
+    axes = given or planning._default_mesh(config, one)
+    rest = one.chips // abs(math.prod(axes.values()))
+    axes = {name: rest if size == -1 else size for name, size in axes.items()}
+    found = list(remedies.candidates(stage, config, axes))
+    assert found
+    for remedy in found:
+        again = load_config(program, ["remat=False", "finetune.batch_size=512", *remedy.change.split(" --set ")])
+        assert (again.remat, again.finetune) == (remedy.config.remat, remedy.config.finetune)
+        if given is None or remedy.axes != axes:
+            held = {name: size for name, size in remedy.axes.items() if size != 1}
+            run = planning._default_mesh(again, one)
+            rest = one.chips // abs(math.prod(run.values()))
+            assert {n: rest if size == -1 else size for n, size in run.items() if size != 1} == held, remedy.change
+    assert stage != "finetune" or len(found) >= 4  # and not sixteen microbatches one after the other
+
+
+def test_what_fits_in_no_way_is_not_compiled_to_be_told_so(config_file, monkeypatch, capsys):
+    """Arguments that alone are larger than the chip: no number of microbatches helps, and none is tried."""
+    tried, small = [], dataclasses.replace(machines.CPU, memory=1e-5)
+
+    def compiled(work, mesh, effort, one):
+        tried.append(dict(mesh.shape))
+        return Compiled({}, short=5.0)
+
+    monkeypatch.setattr(machines, "CPU", small)
+    monkeypatch.setattr(planning, "compile_work", compiled)
+    words = ["plan", "--config", str(config_file), "--topology", "cpu4", "--stages", "finetune"]
+    assert main([*words, "--set", "finetune.batch_size=64"]) == 0
+    assert len(tried) == 1 and "take more or larger chips" in capsys.readouterr().out
 
 
 def test_a_mesh_is_the_configs_where_it_fits_the_machine(config_file):
@@ -188,3 +248,10 @@ def test_a_mesh_is_the_configs_where_it_fits_the_machine(config_file):
     assert planning._default_mesh(config, machine("v5e-16")) == {"fsdp": 16}
     assert planning._default_mesh(config, machine("v5e-256")) == {"fsdp": 32, "tensor": 8}
     assert planning._default_mesh(config, machine("v5e-8")) == {"fsdp": 8}
+    rest = load_config(config_file, ["mesh.fsdp=-1", "mesh.tensor=2"])
+    assert planning._default_mesh(rest, machine("v5e-8")) == {"fsdp": -1, "tensor": 2}
+    # Rows of the stages divide over every machine's own mesh.
+    for name in ("v5e-64", "v6e-256", "v5p-1024", "h100x64", "h200x256", "cpu64"):
+        axes = planning._default_mesh(config, machine(name))
+        rows = axes.get("dcn", 1) * axes["fsdp"]
+        assert rows <= 32 and math.prod(axes.values()) == machine(name).chips

@@ -153,6 +153,24 @@ def test_sigterm_saves_and_leaves_with_its_code(tmp_path, uninterrupted):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_a_sigterm_after_the_last_update_is_not_forgotten(tmp_path, monkeypatch):
+    """It comes while the last checkpoint is on its way: the stage ends, and then what the signal meant before."""
+    save, later = Checkpoints.save, []
+
+    def terminated(self, step, *arguments):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", terminated)
+    before = signal.signal(signal.SIGTERM, lambda *_: later.append(read_latest(tmp_path)))
+    try:
+        run(tmp_path, make_stage(steps=4, warmup_steps=1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [latest["step"] for latest in later] == [4]
+
+
 def test_training_outside_the_main_thread_leaves_signals_alone(tmp_path):
     failures = []
 
