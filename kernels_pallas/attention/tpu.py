@@ -28,6 +28,7 @@ from kernels_pallas.attention.tpu_blocks import (
 )
 from kernels_pallas.attention.tpu_decode import MOST_ROWS, decode
 from kernels_pallas.attention.tpu_forward import forward
+from kernels_pallas.attention.tpu_inner import inner_products
 from kernels_pallas.dispatch import Backend
 
 # Of one head in bfloat16, by static schedules (docs/decisions/0013): more queries pay on v6e only, and in the forward.
@@ -115,7 +116,7 @@ def block_gradients(
     """See `block.block_gradients`."""
     plan = _plan(q_BTHD, k_BSKD, blocks, jnp.float32, jnp.float32, interpret)
     tokens = _tokens(q_BTHD, k_BSKD, last_bT, segment_ids, key_segment_ids, scale, logit_scale)
-    return _gradients(plan, q_BTHD, k_BSKD, v_BSKD, do_BTHD, log_sum_BTH, inner_BTH, *tokens)
+    return _gradients(plan, q_BTHD, k_BSKD, v_BSKD, do_BTHD, log_sum_BTH, inner_BTH, *_described(plan, *tokens))
 
 
 def _tokens(
@@ -126,7 +127,6 @@ def _tokens(
     last_BT = jnp.broadcast_to(last_bT.astype(jnp.int32), (batch, length))
     if segment_ids is None or key_segment_ids is None:
         segment_ids, key_segment_ids = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, keys), jnp.int32)
-    last_BT = jnp.where(segment_ids >= 0, last_BT, -1)
     return last_BT, segment_ids, _factor(q_BTHD, scale, logit_scale), key_segment_ids
 
 
@@ -158,19 +158,21 @@ def _attend(plan: Plan, q, k, v, last_BT, ids_BT, factor_BT, key_ids_BS):
 
 def _attend_forward(plan: Plan, q, k, v, *tokens):
     blocks = plan.forward
-    described = _described(blocks, *tokens)
+    described = _described(plan, *tokens)
     arrays = _by_head(q, blocks.queries), _by_head(k, blocks.keys), _by_head(v, blocks.keys)
     o_BHTE, log_sum_BH1T = forward(blocks, plan.interpret, *arrays, *described, plan.dtype)
     o_BTHE = _by_token(o_BHTE, q.shape[1])
     log_sum_BTH = log_sum_BH1T[:, :, 0, : q.shape[1]].swapaxes(1, 2)
-    return (o_BTHE, log_sum_BTH), (q, k, v, tokens, o_BTHE, log_sum_BTH)
+    return (o_BTHE, log_sum_BTH), (q, k, v, described, o_BTHE, log_sum_BTH)
 
 
 def _attend_backward(plan: Plan, residuals, cotangents):
-    q, k, v, tokens, o_BTHE, log_sum_BTH = residuals
+    q, k, v, described, o_BTHE, log_sum_BTH = residuals
     do_BTHE, dlog_sum_BTH = cotangents
-    inner_BTH = jnp.sum(o_BTHE.astype(jnp.float32) * do_BTHE.astype(jnp.float32), axis=3) - dlog_sum_BTH
-    gradients = _gradients(plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, *tokens)
+    block = plan.backward.queries
+    inner_BH1T = inner_products(plan.interpret, _by_head(o_BTHE, block), _by_head(do_BTHE, block), block)
+    inner_BTH = _by_token(inner_BH1T[:, :, 0], q.shape[1]) - dlog_sum_BTH
+    gradients = _gradients(plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, *described)
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None, None, None
 
 
@@ -178,7 +180,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _gradients(
-    plan: Plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, last_BT, ids_BT, factor_BT, key_ids_BS
+    plan: Plan, q, k, v, do_BTHE, log_sum_BTH, inner_BTH, rows: Rows, tables: Tables
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What this block of keys adds to dq, and its dk and dv, in `plan.gradient_dtype`.
 
@@ -186,21 +188,21 @@ def _gradients(
     width (less the cotangent of the log-sum-exp, where it has one).
     """
     blocks = plan.backward
-    described = _described(blocks, last_BT, ids_BT, factor_BT, key_ids_BS)
     arrays = _by_head(q, blocks.queries), _by_head(k, blocks.keys), _by_head(v, blocks.keys)
     do_BHTE = _by_head(do_BTHE.astype(q.dtype), blocks.queries)
     log_sum_BH1T, inner_BH1T = (
         padded(x.swapaxes(1, 2)[:, :, None], 3, blocks.queries) for x in (log_sum_BTH, inner_BTH)
     )
     dq, dk, dv = backward(
-        blocks, plan.interpret, *arrays, do_BHTE, log_sum_BH1T, inner_BH1T, *described, plan.gradient_dtype
+        blocks, plan.interpret, *arrays, do_BHTE, log_sum_BH1T, inner_BH1T, rows, tables, plan.gradient_dtype
     )
     return _by_token(dq, q.shape[1]), _by_token(dk, k.shape[1]), _by_token(dv, k.shape[1])
 
 
-def _described(blocks: Blocks, last_BT, ids_BT, factor_BT, key_ids_BS) -> tuple[Rows, Tables]:
-    described = rows(last_BT, ids_BT, factor_BT, key_ids_BS, blocks)
-    return described, tables(described, blocks)
+def _described(plan: Plan, last_BT, ids_BT, factor_BT, key_ids_BS) -> tuple[Rows, Tables]:
+    """For both kernels: their lengths are padded alike, and the backward's blocks are the smaller."""
+    described = rows(last_BT, ids_BT, factor_BT, key_ids_BS, plan.forward)
+    return described, tables(described, plan.backward)
 
 
 def _by_head(x_BTHD: jax.Array, block: int) -> jax.Array:
@@ -222,7 +224,7 @@ def refuses(*, q_BTHD, k_BSKD, v_BSKD, **options) -> str | None:
         if x.shape[3] not in WIDTHS:
             return f"the heads of {name} are {x.shape[3]} wide, and it takes {', '.join(map(str, WIDTHS))}"
     plan = _plan(q_BTHD, k_BSKD, None, q_BTHD.dtype, q_BTHD.dtype, False)
-    counts = [-(-x.shape[1] // block) for x, block in ((q_BTHD, plan.backward.queries), (k_BSKD, plan.backward.keys))]
+    counts = [-(-x.shape[1] // grain) for x, grain in ((q_BTHD, plan.backward.queries), (k_BSKD, plan.backward.part))]
     if table_bytes(q_BTHD.shape[0], *counts) > SMEM_BYTES:
         return f"{q_BTHD.shape[0]} rows of {k_BSKD.shape[1]} keys have more blocks than scalar memory holds tables for"
     return compat.undivided()

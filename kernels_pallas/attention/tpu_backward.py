@@ -8,7 +8,7 @@ of one key head and is used again for the next: it is read and written while ano
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -18,9 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import compat
 from kernels_pallas.attention.tpu_blocks import LANES, LOG2_E, Blocks, Rows, Tables
-from kernels_pallas.attention.tpu_forward import VMEM_BYTES, column, lanes, product
+from kernels_pallas.attention.tpu_forward import VMEM_BYTES, column, lanes, largest, product, repeat, smallest
 
 DQ_SLOTS = 3  # one worked on, one arriving, one leaving
+# Of a query block, log-sum-exp and inner of a head, last key, id and factor
+ROWS = (jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)
 
 
 def backward(
@@ -62,7 +64,6 @@ def backward(
         tables.visited_first,
         tables.visited_end,
     )
-    by_head_BH2T = jnp.concatenate([log_sum_BH1T * LOG2_E, inner_BH1T], axis=2)
     arrays = (q_BHTD, k_BKSD, v_BKSE, do_BHTE, rows.last_B1T)
     call = compat.tpu_call(
         partial(_kernel, blocks=blocks, group=group, kv_heads=kv_heads, a_core=a_core, query_blocks=query_blocks),
@@ -76,20 +77,19 @@ def backward(
                 k_block,
                 v_block,
                 pl.BlockSpec((1, 1, blocks.keys), of_key),
-                *[anywhere] * 7,
+                *[anywhere] * 8,
             ],
             out_specs=[k_block, v_block, anywhere, anywhere],
             scratch_shapes=[
                 pltpu.VMEM((2, blocks.queries, width), q_BHTD.dtype),
                 pltpu.VMEM((2, blocks.queries, value_width), do_BHTE.dtype),
-                pltpu.VMEM((2, 2, blocks.queries), jnp.float32),
-                *[pltpu.VMEM((2, 1, blocks.queries), x) for x in (jnp.int32, jnp.int32, jnp.float32)],
+                *[pltpu.VMEM((2, 1, blocks.queries), x) for x in ROWS],
                 pltpu.VMEM((DQ_SLOTS, blocks.queries, width), jnp.float32),
                 pltpu.VMEM((blocks.queries, width), dtype),
                 pltpu.VMEM((blocks.keys, width), jnp.float32),
                 pltpu.VMEM((blocks.keys, value_width), jnp.float32),
                 pltpu.VMEM((blocks.keys, LANES), jnp.int32),
-                pltpu.SemaphoreType.DMA((2, 6)),
+                pltpu.SemaphoreType.DMA((2, 2 + len(ROWS))),
                 pltpu.SemaphoreType.DMA((DQ_SLOTS,)),
                 pltpu.SemaphoreType.DMA((DQ_SLOTS,)),
                 pltpu.SemaphoreType.DMA,
@@ -102,7 +102,7 @@ def backward(
             compat.struct((cores, group, length, width), jnp.float32, arrays),
         ],
         # Query blocks that see nothing are visited by no one: their dq is the zeros that it starts from.
-        input_output_aliases={len(prefetched) + 9: 2},
+        input_output_aliases={len(prefetched) + 10: 2},
         cost_estimate=pl.CostEstimate(
             flops=batch * heads * length * keys * (3 * width + 2 * value_width),
             transcendentals=batch * heads * length * keys // 2,
@@ -112,7 +112,7 @@ def backward(
     )
     axes = frozenset().union(*(compat.varying_axes(x) for x in arrays))
     zeros = compat.vary(jnp.zeros(q_BHTD.shape, dtype), axes)
-    inputs = (k_BKSD, v_BKSE, rows.key_ids_B1S, q_BHTD, do_BHTE, by_head_BH2T, *rows[:3], zeros)
+    inputs = (k_BKSD, v_BKSE, rows.key_ids_B1S, q_BHTD, do_BHTE, log_sum_BH1T, inner_BH1T, *rows[:3], zeros)
     dk, dv, dq, _ = call(*prefetched, *inputs)
     return dq, dk, dv
 
@@ -130,7 +130,8 @@ def _kernel(
     key_ids_ref,
     q_hbm,
     do_hbm,
-    by_head_hbm,
+    log_sum_hbm,
+    inner_hbm,
     last_hbm,
     ids_hbm,
     factor_hbm,
@@ -141,7 +142,8 @@ def _kernel(
     dq_sums_hbm,
     q_buffer,
     do_buffer,
-    by_head_buffer,
+    log_sum_buffer,
+    inner_buffer,
     last_buffer,
     ids_buffer,
     factor_buffer,
@@ -165,9 +167,11 @@ def _kernel(
     core, j = pl.program_id(0), pl.program_id(2)
     row = core * a_core + pl.program_id(1)
     batch, kv_head = jax.lax.div(row, kv_heads), jax.lax.rem(row, kv_heads)
-    key_block = batch * pl.num_programs(2) + j
-    first = first_ref[key_block]
-    span = end_ref[key_block] - first
+    # The tables tell of query blocks and of a part of the keys.
+    parts = blocks.keys // blocks.part
+    grain = (batch * pl.num_programs(2) + j) * parts
+    first = smallest(first_ref, grain, parts)
+    span = largest(end_ref, grain, parts) - first
     steps = span * group
 
     def place(step):
@@ -181,10 +185,11 @@ def _kernel(
         sources = (
             q_hbm.at[batch, head, at],
             do_hbm.at[batch, head, at],
-            by_head_hbm.at[batch, head, :, at],
+            log_sum_hbm.at[batch, head, :, at],
+            inner_hbm.at[batch, head, :, at],
             *(x.at[batch, :, at] for x in (last_hbm, ids_hbm, factor_hbm)),
         )
-        buffers = (q_buffer, do_buffer, by_head_buffer, last_buffer, ids_buffer, factor_buffer)
+        buffers = (q_buffer, do_buffer, log_sum_buffer, inner_buffer, last_buffer, ids_buffer, factor_buffer)
         return [
             pltpu.make_async_copy(source, buffer.at[slot], arrived.at[slot, n])
             for n, (source, buffer) in enumerate(zip(sources, buffers, strict=True))
@@ -218,18 +223,19 @@ def _kernel(
     def wait_until_left(step):
         pl.when(~finishes(step))(lambda: dq_out(step).wait())
 
-    def visit(step, i, masked):
+    def visit(step, start, width, masked):
+        """All queries of a step, and `width` keys from `start`."""
         slot, dq_slot = jax.lax.rem(step, 2), jax.lax.rem(step, DQ_SLOTS)
         q_RD, do_RE = q_buffer[slot], do_buffer[slot]
-        log_sum_1R, inner_1R = (by_head_buffer[slot, n : n + 1] for n in (0, 1))
+        log_sum_1R, inner_1R = log_sum_buffer[slot] * LOG2_E, inner_buffer[slot]
         last_1R, ids_1R, factor_1R = last_buffer[slot], ids_buffer[slot], factor_buffer[slot]
-        for start in range(0, blocks.keys, blocks.part):
-            at = pl.ds(start, blocks.part)
+        for place in range(0, width, blocks.part):
+            at = pl.ds(pl.multiple_of(start + place, blocks.part), blocks.part)
             k_JD = k_ref[0, 0, at]
             scores_JR = product(k_JD, q_RD, (1, 1)) * (factor_1R * LOG2_E)
             weights_JR = jnp.exp2(scores_JR - log_sum_1R)
             if masked:
-                places = j * blocks.keys + start + jax.lax.broadcasted_iota(jnp.int32, scores_JR.shape, 0)
+                places = j * blocks.keys + start + place + jax.lax.broadcasted_iota(jnp.int32, scores_JR.shape, 0)
                 seen = (places <= last_1R) & (lanes(key_ids_JL[at], blocks.queries) == ids_1R)
                 weights_JR = jnp.where(seen, weights_JR, 0.0)
             dv_JE[at] += product(weights_JR.astype(do_RE.dtype), do_RE, (1, 0))
@@ -238,8 +244,22 @@ def _kernel(
             dk_JD[at] += product(dscores_JR, q_RD, (1, 0))
             dq_buffer[dq_slot] += product(dscores_JR, k_JD, (0, 0))
 
+    def in_parts(step):
+        def part(n):
+            i = place(step)[1]
+            meets = (first_ref[grain + n] <= i) & (i < end_ref[grain + n])
+            pl.when(meets)(lambda: visit(step, n * blocks.part, blocks.part, True))
+
+        repeat(parts, part)
+
+    def whole(step):
+        """Whether every query of this step sees every key of this block."""
+        block = batch * query_blocks + place(step)[1]
+        one = reduce(jnp.logical_and, [only_ref[block] == key_only_ref[grain + n] for n in range(parts)])
+        return one & ((j + 1) * blocks.keys <= reach_ref[block] + 1)
+
     def query_block(step, rounded_leaving):
-        dq_slot, i = jax.lax.rem(step, DQ_SLOTS), place(step)[1]
+        dq_slot = jax.lax.rem(step, DQ_SLOTS)
         pl.when(step >= 2)(lambda: wait_until_left(step - 2))
         pl.when(step + 1 < steps)(lambda: fetch(step + 1))
 
@@ -250,11 +270,9 @@ def _kernel(
         for copy in inputs(step):
             copy.wait()
         pl.when(~begins(step))(lambda: dq_in(step).wait())
-        block = batch * query_blocks + i
-        whole = only_ref[block] == key_only_ref[key_block]
-        whole &= (j + 1) * blocks.keys <= reach_ref[block] + 1
-        pl.when(whole)(lambda: visit(step, i, False))
-        pl.when(~whole)(lambda: visit(step, i, True))
+        plain = whole(step)
+        pl.when(plain)(lambda: visit(step, 0, blocks.keys, False))
+        pl.when(~plain)(lambda: in_parts(step))
         finished = finishes(step)
         pl.when(~finished)(lambda: dq_out(step).start())
 

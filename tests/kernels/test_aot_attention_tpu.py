@@ -3,8 +3,8 @@
 import aot
 import pytest
 
-# Of processor time, which other work on a core lengthens: 3 to 5 s forward, 5 to 8 s with the backward's kernel.
-SECONDS = 7.0
+# Of processor time, which other work on the cores lengthens, up to twice.
+SECONDS = 5.0
 MIB = 2**20
 
 
@@ -25,16 +25,17 @@ def test_long_sequences(length):
     assert not aot.failures(aot.compile_all(cases), SECONDS, 40 * MIB)
     # Two cores' sums of dq in float32, for the query heads of one key head: 2 * 2 * T * 128 * 4 bytes.
     cases = [_case("sequence", target, length, backward=True) for target in ("v5e", "v5p", "v6e")]
-    assert not aot.failures(aot.compile_all(cases), 2 * SECONDS, 2048 * length + 100 * MIB)
+    assert not aot.failures(aot.compile_all(cases), SECONDS, 2048 * length + 100 * MIB)
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_million_tokens_sharded(backward):
+    # XLA's own all-reduce of the keys' gradients, which no kernel's code changes, takes 1 to 2 s of the backward's.
     # The gathered keys and values, and with them their gradients, are 2 GiB each; beside them little: with JAX 0.12's
     # compiler 8.13 GiB in all on v5e and 8.28 on v5p.
     topologies = [("v5e:4x4", "v5e"), ("v5:2x2x2", "v5p"), ("v6e:4x4", "v6e")]
     cases = [_case("sharded_sequence", t, 2**20, topology=t, backward=backward) for t, _ in topologies]
-    assert not aot.failures(aot.compile_all(cases), (1 + backward) * SECONDS + 4, (1 + backward) * 4250 * MIB)
+    assert not aot.failures(aot.compile_all(cases), (1 + backward) * SECONDS, (1 + backward) * 4250 * MIB)
 
 
 def test_every_width_and_dtype():
@@ -64,12 +65,15 @@ def test_caches():
 
 
 def test_schedules_are_near_the_arithmetic():
-    """Bundles of the inner block of a v5p, that is without and with a mask, over the cycles of its matrix products."""
+    """Bundles of a v5p's inner loops over the cycles of their products: a pair of blocks, and a tile with a mask."""
     results = aot.compile_all([_case("sequence", "v5p", 131_072, schedule=True, backward=True)])
     (result,) = results.values()
     assert not result.error
     unit = 4 * 128 * 128  # multiplications a cycle
-    for kernel, queries, products in (("attention_forward", 1024, 2), ("attention_backward", 512, 5)):
+    # Beside the pair of blocks, the forward's depth 2 has the code that begins and finishes a block of queries.
+    for kernel, queries, products, beside in (("attention_forward", 1024, 2, 600), ("attention_backward", 512, 5, 400)):
         cycles = products * queries * 1024 * 128 / unit
-        (bundles,) = [depths["2"] for name, depths in result.bundles.items() if kernel in name]
-        assert bundles / 2 <= 1.15 * cycles, (kernel, bundles / 2, cycles)
+        (depths,) = [depths for name, depths in result.bundles.items() if kernel in name]
+        assert depths["2"] - beside <= 1.05 * cycles, (kernel, depths, cycles)
+        cycles = products * 512 * 512 * 128 / unit
+        assert depths["3"] <= 1.15 * cycles, (kernel, depths, cycles)

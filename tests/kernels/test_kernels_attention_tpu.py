@@ -1,6 +1,7 @@
 """Attention on TPU: the contract through the interpreters, what the blocks visit, and what is refused."""
 
 import functools
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -69,6 +70,18 @@ def test_bfloat16():
     check(_attention(64, 64, 64), arrays, scale=0.125, segment_ids=ids, logit_scale=growth, tolerance=BFLOAT16)
 
 
+@hypothesis.settings(max_examples=3)
+@hypothesis.example(ids=np.repeat([[0, 1]], [384, 128], axis=1).astype(np.int32))
+@hypothesis.given(ids=segments(1, 512))
+def test_tiles_of_a_pair_of_blocks(ids):
+    """Blocks of two grains of queries and two parts of keys: tiles that meet, need no mask, or are passed over."""
+    with (
+        mock.patch.object(tpu, "FORWARD_BLOCKS", Blocks(512, 512, 128)),  # halved for float32
+        mock.patch.object(tpu, "BACKWARD_BLOCKS", Blocks(256, 512, 128)),
+    ):
+        check(_attention(), random_inputs(1, 512, 512, 2, 1, 32), segment_ids=ids)
+
+
 def test_no_copy_races_with_the_work():
     # Two key heads of two query heads and several blocks: sums of dq are read, written and used again.
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
@@ -105,20 +118,25 @@ def test_blocks_of_keys_merge_to_the_whole(q_start):
     check_that_blocks_merge(*BLOCK_FUNCTIONS, q_start)
 
 
+BLOCKS = Blocks(8, 32, 16)
+
+
 @jax.jit
 def _tables(last, ids, key_ids):
-    blocks = Blocks(8, 16, 16)
-    rows = tpu_blocks.rows(last, ids, jnp.ones(ids.shape), key_ids, blocks)
-    return rows, tpu_blocks.tables(rows, blocks)
+    # Three grains at a time, so that the loops over them run more than once and the last is not full.
+    with mock.patch.multiple(tpu_blocks, GRAINS=3, SPANS=3):
+        rows = tpu_blocks.rows(last, ids, jnp.ones(ids.shape), key_ids, BLOCKS)
+        return rows, tpu_blocks.tables(rows, BLOCKS)
 
 
 @hypothesis.given(ids=segments(2, 60), shuffled=st.booleans(), ahead=st.integers(-70, 70))
 def test_every_pair_that_meets_is_visited(ids, shuffled, ahead):
     if shuffled:  # ids in any order, and documents that come back
         ids = np.where(ids >= 0, ids * 7 % 4, ids)
-    last = np.where(ids >= 0, np.clip(ahead + np.arange(60), -1, 59), -1)
+    last = np.broadcast_to(np.clip(ahead + np.arange(60), -1, 59), ids.shape)
     rows, tables = jax.tree.map(np.asarray, _tables(last, ids, ids))
     last, ids, key_ids = rows.last_B1T[:, 0], rows.ids_B1T[:, 0], rows.key_ids_B1S[:, 0]
+    assert (last[ids < 0] == -1).all()
     seen = (np.arange(key_ids.shape[1]) <= last[:, :, None]) & (ids[:, :, None] == key_ids[:, None])
     seen = seen.reshape(2, -1, 8, key_ids.shape[1] // 16, 16)
     by_query, by_key = ({name: getattr(tables, name).reshape(2, -1) for name in names} for names in _NAMES)
@@ -127,13 +145,24 @@ def test_every_pair_that_meets_is_visited(ids, shuffled, ahead):
         if seen[b, i, :, j].any():
             assert query["query_first"] <= j < query["query_end"] and key["key_first"] <= i < key["key_end"]
         if key["key_first"] <= i < key["key_end"]:
-            assert query["visited_first"] <= j < query["visited_end"]
+            assert query["visited_first"] <= j // 2 < query["visited_end"]
         if query["query_only"] == key["key_only"] and 16 * (j + 1) <= query["query_reach"] + 1:
             assert seen[b, i, :, j].all()
+    # A block of keys takes two grains of them, and visits the queries between the first and last of either.
+    first, end = (of(by_key[n].reshape(2, -1, 2), 2) for of, n in ((np.min, "key_first"), (np.max, "key_end")))
+    assert (end <= by_query["visited_end"].shape[1]).all()
     for b, i in np.ndindex(by_query["visited_end"].shape):
-        first, end = by_query["visited_first"][b, i], by_query["visited_end"][b, i]
-        ends = [j for j in (first, end - 1) if end > first]
-        assert all(by_key["key_first"][b, j] <= i < by_key["key_end"][b, j] for j in ends)
+        ends = by_query["visited_first"][b, i], by_query["visited_end"][b, i]
+        visits = [j for j in range(first.shape[1]) if first[b, j] <= i < end[b, j]]
+        assert ends == ((visits[0], visits[-1] + 1) if visits else (first.shape[1], 0))
+
+
+def test_what_does_not_meet_has_no_span():
+    ids = np.asarray([[-1] * 8 + [0] * 24, [0] * 32], np.int32)
+    _, tables = _tables(np.arange(32)[None].repeat(2, 0), ids, np.where(ids < 0, -1, 0)[::-1])
+    first, end = np.asarray(tables.query_first).reshape(2, -1), np.asarray(tables.query_end).reshape(2, -1)
+    assert (first[0, 0], end[0, 0]) == (2, 0) and (first[0, 1:] == 0).all() and (end[0, 1:] == [1, 2, 2]).all()
+    assert (end[1] == [1, 1, 2, 2]).all()
 
 
 _NAMES = (
