@@ -17,12 +17,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from array_record.python import array_record_module
 
 from hypenet_jax.data.chat import encode_conversation
 from hypenet_jax.data.pack_meta import CHAT_FORMAT, META, PackedInfo, check_request, read_meta, request_of
+from hypenet_jax.data.records import Records
 from hypenet_jax.data.sources import Document
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
@@ -197,8 +197,8 @@ class PackedTokens:
                 raise HypenetError(
                     f"packed file {str(file)!r} is missing or cut short; remove the directory and pack again"
                 )
-            files.append(str(file))
-        self._blocks = grain.sources.ArrayRecordDataSource(files)
+            files.append(file)
+        self._blocks = Records(files, "remove the directory and pack again")
 
     def __len__(self) -> int:
         return self.info.tokens
@@ -229,7 +229,7 @@ class PackedTokens:
         wanted = sorted(
             {number for row in runs for run in row for number in range(run[0] // block, -(-run[1] // block))}
         )
-        records = dict(zip(wanted, self._blocks.__getitems__(wanted) if wanted else [], strict=True))
+        records = dict(zip(wanted, self._blocks(wanted), strict=True))
         marked_BS = np.empty((len(runs), length), np.uint32)
         for marked_S, row in zip(marked_BS, runs, strict=True):
             place = 0

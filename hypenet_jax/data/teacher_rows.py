@@ -13,11 +13,11 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-import grain
 import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
 
+from hypenet_jax.data.records import Records
 from hypenet_jax.errors import HypenetError
 
 META = "meta.json"
@@ -76,6 +76,9 @@ def write_file(path: pathlib.Path, output: TeacherOutput, rows: Iterable[dict[st
             writer.write(b"".join(_bytes(row[name], *kind) for name, kind in output.arrays.items()))
     finally:
         writer.close()
+    # A rename may reach the disk before what it names does.
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -133,14 +136,14 @@ class TeacherRows:
         for file in files:
             if not file.is_file():
                 raise HypenetError(f"{file} is missing; cache the teacher's output again")
-        self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+        self._records = Records(files, "remove the directory and cache the teacher's output again")
         if len(self._records) != self.output.rows:
             raise HypenetError(
                 f"{directory} has {len(self._records)} records and not {self.output.rows}; cache the output again"
             )
 
     def __call__(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
-        records = self._records.__getitems__([int(row) for row in rows_B])
+        records = self._records([int(row) for row in rows_B])
         found, start = {}, 0
         for name, (shape, dtype) in self.output.arrays.items():
             count = int(np.prod(shape))

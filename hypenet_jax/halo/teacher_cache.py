@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from hypenet_jax.data.batches import batch_of
 from hypenet_jax.data.packing import PackedTokens
+from hypenet_jax.data.records import Records
 from hypenet_jax.data.teacher_rows import FORMAT, FORMS, META, TeacherOutput, TeacherRows, check_same, write_file
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import check_choice
@@ -99,7 +100,7 @@ def write(
     check_choice("form", output.form, FORMS)
     wanted = dataclasses.asdict(output) | {"format": FORMAT}
     first(lambda: _begin(directory, wanted))
-    missing = [number for number, name in enumerate(output.files) if not (directory / name).is_file()]
+    missing = [number for number, name in enumerate(output.files) if not _is_whole(directory / name, output, number)]
     # All have to have looked before the first new file appears.
     first(lambda: None)
     rows = sum(len(_rows_of(output, number)) for number in missing)
@@ -121,6 +122,14 @@ def write(
         say(f"cache-teacher  file {done} of {len(missing)}")
         stop_if_asked(say, "cache-teacher")
     write_json(directory / META, wanted)
+
+
+def _is_whole(file: pathlib.Path, output: TeacherOutput, number: int) -> bool:
+    """Whether the file has all of its records; one that is cut short is written again."""
+    try:
+        return file.is_file() and len(Records([file], "write it again")) == len(_rows_of(output, number))
+    except HypenetError:
+        return False
 
 
 def _begin(directory: pathlib.Path, wanted: dict) -> None:

@@ -71,6 +71,7 @@ def load_params(directory: str | os.PathLike[str], shardings: Any = None) -> tup
             shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         if isinstance(shardings, jax.sharding.Sharding):
             shardings = jax.tree.map(lambda _, one=shardings: one, stored)
+        checkpoints.check_names(step, stored, shardings)
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored, shardings
         )
@@ -204,23 +205,24 @@ class Checkpoints:
             )
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
-        def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-            leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
         # Only the parameters: the moments follow them, and their path names differ between the two trees.
-        stored, wanted = shapes(self.stored_shapes(step)["params"]), shapes(abstract["params"])
-        for name, shape in wanted.items():
-            if stored.get(name) != shape:
-                held = f"with shape {stored[name]}" if name in stored else "not at all"
+        found = self.stored_shapes(step)["params"]
+        self.check_names(step, found, abstract["params"])
+        stored = _named(found)
+        for name, leaf in _named(abstract["params"]).items():
+            if tuple(stored[name].shape) != tuple(leaf.shape):
                 raise HypenetError(
-                    f"parameter {name} has shape {shape} here, but checkpoint {self.path(step)} holds it {held}; "
-                    "use the model it was trained with or another directory"
+                    f"parameter {name} has shape {tuple(leaf.shape)} here, but checkpoint {self.path(step)} holds it "
+                    f"with shape {tuple(stored[name].shape)}; use the model it was trained with or another directory"
                 )
-        for name in stored.keys() - wanted.keys():
+
+    def check_names(self, step: int, stored: Any, wanted: Any) -> None:
+        """Raise HypenetError unless two trees of parameters have the same names: that of a step, and what is wanted."""
+        held, asked = _named(stored).keys(), _named(wanted).keys()
+        for name in sorted(held ^ asked):
+            which = f"holds parameter {name}, which this model lacks" if name in held else f"lacks parameter {name}"
             raise HypenetError(
-                f"checkpoint {self.path(step)} holds parameter {name}, which this model lacks; "
-                "use the model it was trained with or another directory"
+                f"checkpoint {self.path(step)} {which}; use the model it was trained with or another directory"
             )
 
     def _readable(self, step: int, read: Callable[[], _T]) -> _T:
@@ -236,3 +238,8 @@ class Checkpoints:
             raise HypenetError(
                 f"checkpoint {self.path(step)} cannot be read ({reason}); delete that directory to {then}"
             ) from error
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -192,6 +192,12 @@ def test_damaged_packs_are_refused(tmp_path):
             PackedTokens(tmp_path / name)
         with pytest.raises(HypenetError, match="missing or cut short|other tokens"):
             PackedTokens(tmp_path / name, BYTES)
+    held = bytearray(shards[2].read_bytes())
+    for name, damaged in (("all", bytes(len(held))), ("within", held[:100] + b"x" * 200 + held[300:])):
+        shutil.copytree(tmp_path / "p", tmp_path / name)
+        (tmp_path / name / shards[2].name).write_bytes(damaged)
+        with pytest.raises(HypenetError, match=f"a file in .*{name} is damaged .*remove the directory and pack again"):
+            PackedTokens(tmp_path / name).rows(np.array([0]), 3 * len(PackedTokens(tmp_path / "p")) // 4)
     for contents, message in (("{", "is broken"), ("{}", "is broken"), ("[1]", "is broken")):
         (tmp_path / "p" / "meta.json").write_text(contents)
         with pytest.raises(HypenetError, match=message):

@@ -91,8 +91,16 @@ def test_a_cut_off_cache_goes_on_and_is_not_read_before_its_end(aligned, convert
     assert {name: (directory / name).read_bytes() for name in there} == there
     assert not list(directory.glob("*.partial"))
     assert len(TeacherRows(directory)(np.array([19, 0]))["teacher_hidden"]) == 2
+    # What is cut short is said, and written again.
+    cut = directory / "rows-00002.array_record"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:1000])
+    assert distill(convert_config, aligned) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert cache(convert_config, aligned) == 0 and left[0] == 6
+    assert cut.read_bytes() == whole
     # Again, nothing is computed; another form has no place there.
-    assert cache(convert_config, aligned) == 0 and left[0] == 7
+    assert cache(convert_config, aligned) == 0 and left[0] == 6
     assert cache(convert_config, aligned, "--form", "top-k", "--k", "3") == 2
     assert "holds another teacher output (form is 'hidden' there and 'top-k' here)" in capsys.readouterr().err
 
