@@ -24,10 +24,11 @@ def _no_cache(monkeypatch):
 def test_compiles_for_tpu():
     wide, kept = _case("v5p", weight="float32"), _case("v5p", weight="float32", top_k=64)
     results = aot.compile_all([_case("v5e"), _case("v5p"), _case("v6e"), wide, kept])
+    # Finding the most likely tokens: 23 s with libtpu 0.0.42, 30 to 34 s with 0.0.50.
+    few = results.pop(kept.name)
+    assert not aot.failures({few.name: few}, 2 * SECONDS, ACCUMULATOR + 3.0 * GIB)
     # Two bfloat16 copies of the weights take as much as the accumulator, which there is the gradient itself.
-    bounds = {wide.name: 1.8 * GIB, kept.name: 3.0 * GIB}
-    for name, result in results.items():
-        assert not aot.failures({name: result}, SECONDS, ACCUMULATOR + bounds.get(name, 1.8 * GIB))
+    assert not aot.failures(results, SECONDS, ACCUMULATOR + 1.8 * GIB)
 
 
 def test_compiles_for_an_h100():
