@@ -39,8 +39,10 @@ check_name() {
     usage_error "the name '$1' has characters that clusters refuse; use up to 40 of a-z, 0-9 and -, a letter first"
 }
 
-check_number() { # OPTION VALUE
-  [[ $2 =~ ^[0-9]{1,9}$ ]] || usage_error "$1 is '$2'; give a whole number"
+check_number() { # OPTION VALUE [LEAST]
+  if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < ${3:-0})); then
+    usage_error "$1 is '$2'; give a whole number${3:+ of at least $3}"
+  fi
 }
 
 check_command() { # the hypenet command after --
@@ -68,6 +70,13 @@ quoted() {
   local line
   printf -v line '%q ' "$@"
   printf '%s' "${line% }"
+}
+
+# What a dry run prints of a text that goes to a command or a file: pasted into a shell, it does just that.
+here_document() { # COMMAND_WORDS... <TEXT
+  printf "%s <<'END_OF_TEXT'\n" "$*"
+  cat
+  printf 'END_OF_TEXT\n'
 }
 
 # Run a command, or only print it.

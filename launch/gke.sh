@@ -45,7 +45,7 @@ while (($# > 0)); do
         --image) IMAGE=$2 ;;
         --accelerator) ACCELERATOR=$2 ;;
         --topology) TOPOLOGY=$2 ;;
-        --chips-per-host) check_number "$1" "$2" && CHIPS=$2 ;;
+        --chips-per-host) check_number "$1" "$2" 1 && CHIPS=$2 ;;
         --service-account) SERVICE_ACCOUNT=$2 ;;
         --namespace) NAMESPACE=$2 ;;
         --restarts) check_number "$1" "$2" && RESTARTS=$2 ;;
@@ -72,7 +72,7 @@ mount_buckets_of_command
 ((${#BUCKETS[@]} <= 1)) || usage_error "the command names the buckets ${BUCKETS[*]}; use one"
 [[ $IMAGE =~ ^[A-Za-z0-9._/:@-]+$ ]] || usage_error "the image is '$IMAGE'; give --image, such as us-docker.pkg.dev/p/r/hypenet:1"
 [[ $ACCELERATOR =~ ^[a-z0-9-]+$ ]] || usage_error "the accelerator is '$ACCELERATOR'; give --accelerator, such as tpu-v5p-slice"
-[[ $TOPOLOGY =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] || usage_error "the topology is '$TOPOLOGY'; give --topology, such as 4x4"
+[[ $TOPOLOGY =~ ^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}(x[1-9][0-9]{0,3})?$ ]] || usage_error "the topology is '$TOPOLOGY'; give --topology, such as 4x4"
 [[ $SERVICE_ACCOUNT =~ ^[a-z0-9.-]+$ ]] || usage_error "the service account '$SERVICE_ACCOUNT' is no Kubernetes name"
 HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
 ((HOSTS >= 1 && HOSTS * CHIPS == ${TOPOLOGY//x/*})) || usage_error "$TOPOLOGY does not divide into hosts of $CHIPS chips; give --chips-per-host"
@@ -99,8 +99,7 @@ render() {
 }
 
 if [[ $DRY_RUN == 1 ]]; then
-  render
-  run "${KUBECTL[@]}" apply --filename=-
+  render | here_document "$(quoted "${KUBECTL[@]}" apply --filename=-)"
   run "${KUBECTL[@]}" get jobset "$NAME" "$STATUS"
   run "${KUBECTL[@]}" logs --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=-1
   exit 0

@@ -38,7 +38,7 @@ while (($# > 0)); do
       need_value "$1" $#
       case $1 in
         --name) NAME=$2 ;;
-        --nodes) check_number "$1" "$2" && NODES=$2 ;;
+        --nodes) check_number "$1" "$2" 1 && NODES=$2 ;;
         --gpus-per-node) check_number "$1" "$2" && GPUS=$2 ;;
         --time) TIME=$2 ;;
         --partition) PARTITION=$2 ;;
@@ -65,6 +65,8 @@ fi
 check_command "${COMMAND[@]}"
 [[ -n $NODES ]] || usage_error "the number of hosts is missing; give --nodes N"
 [[ $TIME =~ ^[0-9:-]+$ ]] || usage_error "--time is '$TIME'; give Slurm's form, such as 24:00:00"
+[[ $PARTITION$ACCOUNT =~ ^[A-Za-z0-9_.,-]*$ ]] || usage_error "the partition '$PARTITION' or the account '$ACCOUNT' is no name that Slurm knows"
+[[ $LOGS != *[\"\\]* ]] || usage_error "--logs is '$LOGS'; give a path without quotes and backslashes"
 need_program sbatch "log in to a host of the cluster"
 LOGS=${LOGS:-$PWD/launch-logs/$NAME}
 
@@ -80,7 +82,7 @@ batch_script() {
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
-#SBATCH --output=$LOGS/%j.log
+#SBATCH --output="$LOGS/%j.log"
 ${PARTITION:+#SBATCH --partition=$PARTITION
 }${ACCOUNT:+#SBATCH --account=$ACCOUNT
 }
@@ -99,8 +101,9 @@ BATCH
 }
 
 if [[ $DRY_RUN == 1 ]]; then
-  batch_script
-  run sbatch --parsable "$NAME.sbatch"
+  run mkdir -p "$LOGS"
+  batch_script | here_document "cat >$(quoted "$LOGS/$NAME.sbatch")"
+  run sbatch --parsable "$LOGS/$NAME.sbatch"
   exit 0
 fi
 mkdir -p "$LOGS"

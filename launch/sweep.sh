@@ -13,7 +13,8 @@ replaced by the mesh's own name. A run that fails does not stop the others; resu
 
   --name NAME       the sweep; a run is NAME-1, NAME-2, ...
   --meshes LIST     one word a mesh: comma-separated values for --set, such as mesh.fsdp=8 mesh.fsdp=4,mesh.seq=2
-  --through SCRIPT  gpu_local.sh, slurm.sh, gke.sh or tpu_pod.sh, with its options
+  --through SCRIPT  gpu_local.sh, slurm.sh, gke.sh or tpu_pod.sh, with its options; tpu_pod.sh runs all on one resource,
+                    which stays (--down removes it)
   --results DIR     (default launch-logs/NAME)
   --dry-run         pass --dry-run on
 
@@ -53,6 +54,9 @@ case ${LAUNCHER[0]:-} in
   gpu_local.sh | slurm.sh | gke.sh | tpu_pod.sh) ;;
   *) usage_error "--through is '$THROUGH'; give gpu_local.sh, slurm.sh, gke.sh or tpu_pod.sh with its options" ;;
 esac
+if [[ " ${COMMAND[*]} " == *" --workdir "* && ${COMMAND[*]} != *@MESH@* ]]; then
+  usage_error "all runs would share the command's --workdir, and go on with each other; put @MESH@ into it"
+fi
 RESULTS=${RESULTS:-launch-logs/$NAME}
 [[ $DRY_RUN == 1 ]] || mkdir -p "$RESULTS"
 
@@ -63,9 +67,14 @@ for index in "${!LIST[@]}"; do
   sets=()
   for value in "${values[@]}"; do sets+=(--set "$value"); done
   words=("${COMMAND[@]//@MESH@/$job}")
-  line=("$ROOT/launch/${LAUNCHER[0]}" "${LAUNCHER[@]:1}" --name "$job")
-  # Slurm's launcher would otherwise be done as soon as the job is in the queue.
-  [[ ${LAUNCHER[0]} != slurm.sh ]] || line+=(--wait)
+  line=("$ROOT/launch/${LAUNCHER[0]}" "${LAUNCHER[@]:1}")
+  case ${LAUNCHER[0]} in
+    # One resource for all, not one that costs money for each.
+    tpu_pod.sh) line+=(--name "$NAME" --logs "$RESULTS/$job") ;;
+    # Slurm's launcher would otherwise be done as soon as the job is in the queue.
+    slurm.sh) line+=(--name "$job" --wait) ;;
+    *) line+=(--name "$job") ;;
+  esac
   [[ $DRY_RUN == 0 ]] || line+=(--dry-run)
   line+=(-- "${words[@]}" "${sets[@]}")
   if [[ $DRY_RUN == 1 ]]; then

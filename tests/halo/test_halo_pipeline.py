@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from hypenet_jax.halo import fit_scale, pipeline, run, variants
 from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.hub import weights_out
 from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.train import preemption
 from hypenet_jax.train.preemption import EXIT_PREEMPTED
 
 STEPS = ("align", "select", "distill", "finetune", "fit-scale", "export", "evaluate")
@@ -177,6 +179,30 @@ def test_sigterm_outside_training_ends_with_75_and_leaves_nothing_half_done(
     assert not [path for path in copy.rglob("*") if path.name.endswith((".tmp", ".partial"))]
     assert main(line) == 0
     assert contents(copy)[product] == contents(finished)[product]
+
+
+@pytest.mark.parametrize(
+    ("command", "product"),
+    [
+        ("select", "select.json"),
+        ("fit-scale", "fit_scale.json"),
+        ("export", "export"),
+        ("cache-teacher", "teacher_output/meta.json"),
+    ],
+)
+def test_of_several_processes_all_stop_at_the_same_place(
+    finished, convert_config, tmp_path, monkeypatch, capfd, command, product
+):
+    """There SIGTERM is heard by jax.distributed, whose answer to all of them is played here."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & {product, "report"})
+    distributed = types.SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setattr(preemption, "jax", types.SimpleNamespace(process_count=lambda: 2, distributed=distributed))
+    monkeypatch.setattr(preemption, "_all_asked", lambda: True)
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--config", str(convert_config), "--workdir", str(copy)])
+    assert stopped.value.code == EXIT_PREEMPTED and "stopped; the same command continues" in capfd.readouterr().err
+    assert not (copy / product).exists()
 
 
 def test_what_was_killed_half_written_is_removed_by_the_next(finished, convert_config, tmp_path):

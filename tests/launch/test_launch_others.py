@@ -144,3 +144,14 @@ def test_a_sweep_runs_every_mesh_and_keeps_each_result(cluster):
     assert rows[1:] == [["s-1", "mesh.fsdp=8", "0"], ["s-2", "mesh.fsdp=4,mesh.seq=2", "3"], ["s-3", "mesh.seq=8", "0"]]
     seen = (cluster.place / "seen").read_text().splitlines()
     assert seen[1] == "distill --workdir runs/s-2 --set mesh.fsdp=4 --set mesh.seq=2"
+
+
+def test_a_sweep_over_a_slice_makes_one_resource(cluster):
+    words = ("--name", "s", "--meshes", "mesh.fsdp=16 mesh.fsdp=8,mesh.seq=2")
+    through = ("--through", "tpu_pod.sh --zone z --type v5litepod-16")
+    done = cluster.run("sweep.sh", *words, *through, "--", "distill", "--workdir", "gs://bkt/@MESH@")
+    assert done.returncode == 0, done.stderr
+    assert cluster.verbs("create", "delete") == ["create"]
+    logs = cluster.place / "launch-logs/s"
+    assert {path.name for path in logs.iterdir()} == {"results.tsv", "s-1", "s-1.log", "s-2", "s-2.log"}
+    assert (logs / "s-2/worker-0.log").is_file() and "remove it with --down" in (logs / "s-2.log").read_text()

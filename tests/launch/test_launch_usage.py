@@ -1,5 +1,6 @@
 """What all launchers owe: help with an example, a dry run that runs nothing, one sentence for a mistake."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import subprocess
 import pytest
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
-COMMAND = ("--", "distill", "--config", "c.py", "--workdir", "w")
+COMMAND = ("--", "distill", "--config", "c.py", "--workdir", "w w/@MESH@")
 ARGUMENTS = {
     "tpu_pod.sh": ("--name", "job", "--zone", "z", "--type", "v5p-8"),
     "gke.sh": ("--name", "job", "--image", "i:1", "--accelerator", "tpu-v5p-slice", "--topology", "2x2x2"),
@@ -15,6 +16,8 @@ ARGUMENTS = {
     "gpu_local.sh": (),
     "sweep.sh": ("--name", "job", "--meshes", "1,8 2,4", "--through", "gpu_local.sh"),
 }
+# Spaces in every place where there may be one.
+OPTIONS = {"slurm.sh": ("--logs", "my logs", "--env", "my env")}
 SCRIPTS = [name for name in ARGUMENTS if (LAUNCH / name).exists()]
 
 
@@ -38,6 +41,57 @@ def test_a_mistake_is_one_sentence_and_code_2(cluster, script, wrong):
     refused = cluster.run(script, *ARGUMENTS[script], *wrong)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
     assert cluster.calls == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_pasted_into_a_shell_does_what_the_launcher_does(cluster, script):
+    """Every line is a command or a text that one gets; against the stand-ins all of them succeed."""
+    shown = cluster.run(script, *ARGUMENTS[script], *OPTIONS.get(script, ()), "--dry-run", *COMMAND)
+    (cluster.place / "bin/hypenet").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > seen\n')
+    (cluster.place / "bin/hypenet").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{cluster.place / 'bin'}:{os.environ['PATH']}",
+        "STANDIN": str(cluster.place),
+        "CHECKOUT": str(cluster.checkout),
+    }
+    # Of a slice the first command finds nothing yet, which is no failure there.
+    shell = ["bash"] if script == "tpu_pod.sh" else ["bash", "-e"]
+    pasted = subprocess.run(
+        shell, input=shown.stdout, cwd=cluster.place, env=environment, capture_output=True, text=True
+    )
+    assert pasted.returncode == 0, pasted.stderr
+    place = {"slurm.sh": "batch", "gke.sh": "manifest", "gpu_local.sh": "seen", "sweep.sh": "seen"}
+    if script in place:
+        assert "w w/" in (cluster.place / place[script]).read_text().replace("\\ ", " ")
+    else:
+        asked = " ".join(call[4] for call in cluster.calls)
+        assert asked == "describe create describe describe ssh ssh scp ssh ssh ssh delete"
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "words"),
+    [
+        ("tpu_pod.sh", ("--timeout", "08"), "--timeout is '08'"),
+        ("tpu_pod.sh", ("--restarts", "-1"), "--restarts is '-1'"),
+        ("gke.sh", ("--chips-per-host", "0"), "at least 1"),
+        ("gke.sh", ("--topology", "08x4"), "the topology is '08x4'"),
+        ("slurm.sh", ("--nodes", "0"), "at least 1"),
+        ("slurm.sh", ("--partition", "a b"), "the partition 'a b'"),
+        ("slurm.sh", ("--time", "one day"), "--time is 'one day'"),
+        ("gpu_local.sh", ("--gpus", "a"), "--gpus is 'a'"),
+        ("sweep.sh", ("--meshes", " "), "there are no meshes"),
+        ("sweep.sh", ("--through", "rm -rf"), "--through is 'rm -rf'"),
+    ],
+)
+def test_a_wrong_value_is_named(cluster, script, wrong, words):
+    refused = cluster.run(script, *ARGUMENTS[script], *wrong, *COMMAND)
+    assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+    assert len(refused.stderr.splitlines()) == 1 and cluster.calls == []
+
+
+def test_runs_of_a_sweep_do_not_share_a_work_directory(cluster):
+    refused = cluster.run("sweep.sh", *ARGUMENTS["sweep.sh"], "--", "distill", "--workdir", "w")
+    assert refused.returncode == 2 and "put @MESH@ into it" in refused.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
