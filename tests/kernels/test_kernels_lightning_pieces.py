@@ -1,5 +1,8 @@
 """What is left out of a segment's state: by going through the tokens, and in closed form."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +18,13 @@ CHUNK = 4
 RATES = np.asarray([0.0, 0.01, 0.3, 2.0, 40.0], np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def both_ways(layout, length, bits, rates):
+    """In closed form, and from the marks of one document; one program compiles sooner than all its operations."""
+    marked = marks(Decay(rates, None), CHUNK, length, None)
+    return pieces.of_rates(layout, CHUNK, rates, bits), pieces.of_marks(layout, marked, bits)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     chunks=st.integers(1, 30),
@@ -26,9 +36,7 @@ RATES = np.asarray([0.0, 0.01, 0.3, 2.0, 40.0], np.float32)
 def test_closed_form_and_sums_leave_out_the_same(chunks, parts, per_segment, reverse, bits):
     whole = -(-chunks // (parts * per_segment)) * per_segment
     layout = Layout(reverse, chunks * CHUNK, -(-chunks // whole), whole, per_segment, exact=False, interpret=True)
-    rates = jnp.asarray(RATES)
-    got = pieces.of_rates(layout, CHUNK, rates, bits)
-    wanted = pieces.of_marks(layout, marks(Decay(rates, None), CHUNK, chunks * CHUNK, None), bits)
+    got, wanted = both_ways(layout, chunks * CHUNK, bits, RATES)
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape == (1, len(RATES), layout.steps)
     np.testing.assert_array_equal(got[0], wanted[0])
