@@ -20,7 +20,7 @@ NOTHING = -1e30  # below every score, and finite: a row that sees nothing must n
 LOG2_E = 1.4426950408889634
 FOREIGN = -(2**31)  # the id of keys that only fill up a block, and the one id that no query has
 LARGEST = 2**31 - 1
-GRAINS, SPANS = 32, 64  # of which the tables are made at a time
+GRAINS, SPANS = 128, 256  # of which the tables are made at a time: fewer are less code, and more turns of a loop
 SMEM_BYTES = 2**19  # what the tables may take of a core's scalar memory (1 MiB on v5e, v5p and v6e)
 
 

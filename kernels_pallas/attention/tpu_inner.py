@@ -1,6 +1,6 @@
 """sum(o * do) of each query and head on TPU, as rows of lanes: what the backward of softmax attention starts from.
 
-XLA can compute it too, in code so long that it took a sixth of the compilation (docs/decisions/0020).
+XLA can compute it too, in code so long that it takes seven times as long to compile (docs/decisions/0020).
 """
 
 from __future__ import annotations
