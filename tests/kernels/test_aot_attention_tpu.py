@@ -3,8 +3,9 @@
 import aot
 import pytest
 
-# Of processor time, which other work on the cores lengthens, up to twice.
-SECONDS = 5.0
+# Of processor time, to which neighbours on a machine add half and more: with a T of 524,288 and the backward the same
+# case has taken 2.9 and 4.3, 3.0 and 5.1 s there. The aim is 5 on a machine of one's own.
+SECONDS = 7.0
 MIB = 2**20
 
 
@@ -35,7 +36,7 @@ def test_a_million_tokens_sharded(backward):
     # compiler 8.13 GiB in all on v5e and 8.28 on v5p.
     topologies = [("v5e:4x4", "v5e"), ("v5:2x2x2", "v5p"), ("v6e:4x4", "v6e")]
     cases = [_case("sharded_sequence", t, 2**20, topology=t, backward=backward) for t, _ in topologies]
-    assert not aot.failures(aot.compile_all(cases), (1 + backward) * SECONDS, (1 + backward) * 4250 * MIB)
+    assert not aot.failures(aot.compile_all(cases), (1 + backward / 2) * SECONDS, (1 + backward) * 4250 * MIB)
 
 
 def test_every_width_and_dtype():
