@@ -30,8 +30,11 @@ REFUSALS = (
     errno.ELOOP, errno.EEXIST,
 )  # fmt: skip
 
-# XLA's words, also where a library wraps them. A kernel that asks for too much shared memory is a bug of ours instead.
-OUT_OF_MEMORY = r"RESOURCE_EXHAUSTED:[^\n]*?((?:Out of|Ran out of|Failed to allocate) [^\n\[]{0,120})"
+# XLA's words, also where a library wraps them. A kernel that asks for too much of a core's own memory is a bug of ours.
+OUT_OF_MEMORY = (
+    r"RESOURCE_EXHAUSTED:[^\n]*?((?:Out of memory|Ran out of memory|Failed to allocate)(?! in memory space [vs]mem)"
+    r" [^\n\[]{0,120})"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -320,10 +323,10 @@ SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
 def entry() -> None:
     """The console script."""
     from hypenet_jax.parallel import processes
-    from hypenet_jax.plan.machines import GPU_SHARE, SHARE_VARIABLE
+    from hypenet_jax.plan.machines import GPU_SHARE
 
     # JAX would take three quarters of a GPU. It reads this when it first looks for devices.
-    os.environ.setdefault(SHARE_VARIABLE, str(GPU_SHARE))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     sys.exit(processes.ended(main))
 
 

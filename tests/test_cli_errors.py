@@ -405,9 +405,17 @@ def test_a_device_without_memory(said, monkeypatch, capsys):
     assert "gradient_accumulation" in line and "executable_name" not in line
 
 
-def test_a_kernel_without_shared_memory_is_a_bug(monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Shared memory size limit exceeded",
+        "Out of shared memory",
+        "XLA:TPU compile permanent error. Ran out of memory in memory space vmem.",
+    ],
+)
+def test_a_kernel_without_memory_of_its_core_is_a_bug(said, monkeypatch):
     def bug(*_arguments):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
     monkeypatch.setattr("hypenet_jax.hub.load", bug)
     with pytest.raises(jax.errors.JaxRuntimeError):
