@@ -182,16 +182,12 @@ def _write_needles(page: _Page) -> str:
     return page.assemble([], facts, queries) if facts else ""
 
 
-def _write_sentences(page: _Page, noise: float = 0.5) -> str:
+def _write_sentences(page: _Page, noisy: float = 0.5) -> str:
     rng = page.rng
     needle, query = rng.choice(_WORDINGS)
     wanted = rng.randint(1, max(2, page.length // 160))
     facts, queries = page.facts(wanted, needle, (query,), page.value_kind(), 0)
-    return page.assemble([], facts, queries, noise) if facts else ""
-
-
-def _write_prose(page: _Page) -> str:
-    return _write_sentences(page, noise=0.0)
+    return page.assemble([], facts, queries, noisy) if facts else ""
 
 
 def _write_pairs(page: _Page) -> str:
@@ -377,6 +373,6 @@ _WRITERS: Mapping[str, Callable[[_Page], str]] = {
     "pairs": _write_pairs,
     "stream": _write_stream,
     "repeat": _write_repeat,
-    "prose": _write_prose,
+    "prose": functools.partial(_write_sentences, noisy=0.0),
     "facts": write_facts,
 }

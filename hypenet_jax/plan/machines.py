@@ -58,9 +58,8 @@ class Machine:
 
 
 # A GPU's memory also holds CUDA's context, the programs, NCCL's buffers and cuBLAS's workspace, none of which the
-# compiler counts. The command line lets JAX take this share of it, unless SHARE_VARIABLE is set.
+# compiler counts. The command line lets JAX take this share of it.
 GPU_SHARE = 0.95
-SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # GPUs of one host, which NVLink joins.
 GPUS_A_HOST, MOST_HOSTS = 8, 128
 V5E = Chip(15.75, 197e12, 819e9, 50e9, 3.125e9)

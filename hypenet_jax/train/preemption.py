@@ -46,8 +46,7 @@ class Preemption:
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         if not self._installed:
             return
-        # None: the handler before ours was not Python's; the default is the nearest thing that can be restored.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)  # type: ignore[arg-type]
+        _restore(self._previous)
         self._installed = False
         if self._signalled.is_set() and not self._heeded and kind is None:
             signal.raise_signal(signal.SIGTERM)
@@ -74,7 +73,12 @@ def ends_at_sigterm() -> Iterator[None]:
         yield
     finally:
         if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+            _restore(previous)
+
+
+def _restore(previous: object) -> None:
+    # None: the handler before ours was not Python's; the default is the nearest thing that can be restored.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)  # type: ignore[arg-type]
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
