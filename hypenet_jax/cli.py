@@ -109,6 +109,7 @@ def _run_config(arguments: argparse.Namespace) -> None:
 
     wanted = {"pretrain": PretrainConfig, "compare-architectures": ComparisonConfig}
     config = _config(arguments, wanted.get(arguments.command, ConvertConfig))
+    others = _named_models(arguments.model) if arguments.command == "evaluate" else {}
     reporter = Reporter()
     if isinstance(config, ComparisonConfig):
         reporter.message(f"the report is {compare(config, arguments.workdir, reporter)}")
@@ -126,10 +127,23 @@ def _run_config(arguments: argparse.Namespace) -> None:
         "finetune": pipeline.finetune,
         "fit-scale": pipeline.fit,
         "export": pipeline.export,
-        "evaluate": pipeline.evaluate,
+        "evaluate": lambda run: pipeline.evaluate(run, others),
         "ablate": lambda run: ablate(run, arguments.study),
     }
     steps[arguments.command](open_run(config, arguments.workdir, reporter, _whole_run(arguments)))
+
+
+def _named_models(given: Sequence[str]) -> dict[str, str]:
+    """NAME=DIRECTORY of `evaluate --model`, by name."""
+    named: dict[str, str] = {}
+    for word in given:
+        name, _, source = word.partition("=")
+        if not re.fullmatch(r"[\w.-]+", name) or not source or name in named:
+            raise HypenetError(
+                f"--model is {word!r}; write NAME=DIRECTORY, each name once, of letters, digits, '-', '_' and '.'"
+            )
+        named[name] = source
+    return named
 
 
 def _whole_run(arguments: argparse.Namespace) -> str:

@@ -117,6 +117,13 @@ def parser() -> argparse.ArgumentParser:
     cached = added["cache-teacher"]
     cached.add_argument("--form", choices=("hidden", "top-k"), default="hidden", help="what is kept of every token")
     cached.add_argument("--k", type=int, help="with --form top-k: how many of the likeliest tokens")
+    added["evaluate"].add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=DIRECTORY",
+        help="another model with the teacher's tokenizer, measured alike: fine-tuned, restored, ...; or several",
+    )
     studies = ("start", "masters", "kl", "lengths", "documents")
     added["ablate"].add_argument(
         "--study", nargs="+", choices=studies, required=True, help="what is asked, one or more"

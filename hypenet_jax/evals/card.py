@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hypenet_jax import __version__
@@ -139,7 +139,7 @@ def _needles(found: dict[str, Any]) -> str:
     rows, evaluated = found["accuracy"], found["eval"] or {}
     if not rows:
         return ""
-    models = sorted({row["model"] for row in rows}, key=lambda name: ordered(name, MODELS))
+    models = _own({row["model"] for row in rows})
     cells = {(row["task"], row["length"], row["model"]): _accuracy(row) for row in rows}
     keys = list(dict.fromkeys((row["task"], row["length"]) for row in rows))
     table = [[task, f"{n:,}", *(cells.get((task, n, model), "") for model in models)] for task, n in _by_task(keys)]
@@ -153,6 +153,11 @@ def _needles(found: dict[str, Any]) -> str:
         notes.append(f"The last stage trained on rows of {evaluated['train_length']:,} tokens.")
     head = ["task", "length", *(_MODELS.get(model, model) for model in models)]
     return _section("Needles in a haystack", " ".join(notes) + "\n\n" + _table(head, table))
+
+
+def _own(names: Iterable[str]) -> list[str]:
+    """The models that the run made or began with, in order; others were measured beside them for the report."""
+    return sorted({*names} & {*MODELS, "model"}, key=lambda name: ordered(name, MODELS))
 
 
 def _by_task(keys: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -170,7 +175,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 def _perplexity(found: dict[str, Any]) -> str:
     measured = (found["eval"] or {}).get("models") or {}
-    models = [name for name in sorted(measured, key=lambda n: ordered(n, MODELS)) if measured[name].get("perplexity")]
+    models = _own(name for name in measured if measured[name].get("perplexity"))
     if not models:
         return ""
     settings = found["eval"].get("settings") or {}

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,11 +25,10 @@ from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
 from hypenet_jax.halo.distill import EXACT_KL, distillation_loss
 from hypenet_jax.halo.run import Run, start_student, student_of, transferred
 from hypenet_jax.halo.studies import STUDIES, Study, Variant, check, stage_of, steps_of
-from hypenet_jax.halo.workdir import read_json, timed, write_json
+from hypenet_jax.halo.workdir import made_by, read_json, timed, write_json
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.parallel.processes import first
 from hypenet_jax.parallel.rules import batch_sharding, param_shardings, replicated, rules_of
-from hypenet_jax.train.checkpoint import versions
 from hypenet_jax.train.loop import place_batch
 from hypenet_jax.train.losses import distill_loss, lm_loss
 from hypenet_jax.train.optim import learning_rate
@@ -61,9 +59,7 @@ def _study(bench: Bench, study: Study) -> pathlib.Path:
             for variant in study.variants:
                 cells.append(_cell(bench, study, variant, number, directory / "cells"))
     found = statistics.result(study.name, study.question, _described(study), cells) | {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": versions(),
-        "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **made_by(),
         "seconds": round(sum(cell["seconds"] for cell in cells), 1),
         "layers": list(bench.layers),
         "config": json.loads(json.dumps(to_mapping(run.config))),

@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 
+import jax
+
+from hypenet_jax import hub
+from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.evals.card import run_card
-from hypenet_jax.evals.report import SCALE_NEEDLES
+from hypenet_jax.evals.report import MODELS, SCALE_NEEDLES
 from hypenet_jax.halo import corpus
 from hypenet_jax.halo.run import Run, finished_student
 from hypenet_jax.halo.scale_needles import scale_needles
+from hypenet_jax.halo.teacher_cache import fingerprint
 from hypenet_jax.halo.workdir import read_json, timed, write_json
 from hypenet_jax.hub.card import CARD, replace_card
 from hypenet_jax.model import LanguageModel
-from hypenet_jax.parallel.processes import first
+from hypenet_jax.parallel.processes import first, place
+from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.preemption import EXIT_PREEMPTED, Preemption
 
 EXPORT, EXPORT_DTYPE = "export", "float32"
 
 
-def evaluate(run: Run) -> dict:
-    """Teacher, student, and student without scaling, by the same measurements. Written to eval.json model by model."""
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """A model to measure; about: what eval.json holds of it beside the scores, and what tells it from another."""
+
+    model: LanguageModel
+    params: dict
+    about: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def evaluate(run: Run, others: Mapping[str, str] = MappingProxyType({})) -> dict:
+    """Teacher, student, student without scaling, and others, by the same measurements: eval.json, model by model.
+
+    others: directories or files that `hub.load` reads, by name, with the teacher's vocabulary. One whose weights have
+    changed since is measured again.
+    """
     path, settings = run.workdir / "eval.json", run.config.evaluate
     student, student_params = finished_student(run)
     models = {
-        "teacher": (run.teacher, run.teacher_params),
-        "student": (student, student_params),
-        "student_unscaled": (student.with_logits_scaling(None), student_params),
+        "teacher": _Measured(run.teacher, run.teacher_params),
+        "student": _Measured(student, student_params),
+        "student_unscaled": _Measured(student.with_logits_scaling(None), student_params),
+        **{name: _other(run, name, source) for name, source in others.items()},
     }
     # What is asked for every a has a file of its own.
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if not k.startswith("scale_")}
@@ -37,42 +60,71 @@ def evaluate(run: Run) -> dict:
         found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
     windows, essays = corpus.measured_text(settings, run.heldout, run.tokenizer)
     begun = found.pop("begun", {})
-    for name, (model, params) in models.items():
-        if name in found["models"]:
+    for name, one in models.items():
+        if _is_of(one, found["models"].get(name)):
             continue
-
-        def say(line: str, name: str = name) -> None:
-            run.reporter.message(f"evaluate {name}  {line}")
-
-        with timed(run.workdir, f"evaluate {name}"), Preemption() as preemption:
-
-            def keep(measured: dict, name: str = name, preemption: Preemption = preemption) -> None:
-                write_json(path, found | {"begun": {name: measured}})
-                if preemption.requested():
-                    run.reporter.message(f"evaluate {name}: stopped and saved; the same command continues")
-                    raise SystemExit(EXIT_PREEMPTED)
-
-            found["models"][name] = suite.evaluate_model(
-                model,
-                params,
-                run.tokenizer,
-                settings,
-                windows=windows,
-                essays=essays,
-                seed=run.config.seed,
-                report=say,
-                begun=begun.get(name),
-                keep=keep,
-            )
-            if name != "student_unscaled":
-                found["samples"] += suite.write_samples(
-                    name, model, params, run.tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
-                )
+        found["samples"] = [sample for sample in found["samples"] if sample["model"] != name]
+        earlier = begun.get(name) if _is_of(one, begun.get(name)) else None
+        _measure(run, path, found, name, one, windows, essays, earlier)
         write_json(path, found)
     if settings.scale_lengths:
         _needles_by_scale(run, essays)
     first(lambda: _renew_card(run, student))
     return found
+
+
+def _is_of(one: _Measured, measured: dict | None) -> bool:
+    return measured is not None and all(measured.get(key) == value for key, value in one.about.items())
+
+
+def _other(run: Run, name: str, source: str) -> _Measured:
+    """A model from elsewhere, with the run's compute dtype and over its mesh. HypenetError where it cannot be asked."""
+    if name in MODELS:
+        raise HypenetError(f"the model {source} is called {name!r}, which the run has one of; give it another name")
+    model, params = hub.load(source)
+    if model.config.vocab_size != run.teacher.config.vocab_size:
+        raise HypenetError(
+            f"{source} has a vocabulary of {model.config.vocab_size:,} and the run's teacher one of "
+            f"{run.teacher.config.vocab_size:,}; name a model with the teacher's tokenizer"
+        )
+    if model.tokenizer is not None and model.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise HypenetError(f"{source} has another tokenizer than the run's teacher; name a model with the teacher's")
+    config = run.config
+    model = dataclasses.replace(model, dtype=config.dtype, remat=config.remat, exchange=config.exchange)
+    shardings = param_shardings(model.param_axes(), params, run.mesh, rules_of(config.rules))
+    params = jax.tree.map(place, params, shardings)
+    return _Measured(model, params, {"from": source, "weights": fingerprint(model, params)})
+
+
+def _measure(
+    run: Run, path: pathlib.Path, found: dict, name: str, one: _Measured, windows, essays, begun: dict | None
+) -> None:
+    """Put the scores of one model into `found`; what is measured so far is kept in the file after every cell."""
+    settings, say = run.config.evaluate, run.reporter.message
+    with timed(run.workdir, f"evaluate {name}"), Preemption() as preemption:
+
+        def keep(measured: dict) -> None:
+            write_json(path, found | {"begun": {name: one.about | measured}})
+            if preemption.requested():
+                say(f"evaluate {name}: stopped and saved; the same command continues")
+                raise SystemExit(EXIT_PREEMPTED)
+
+        found["models"][name] = one.about | suite.evaluate_model(
+            one.model,
+            one.params,
+            run.tokenizer,
+            settings,
+            windows=windows,
+            essays=essays,
+            seed=run.config.seed,
+            report=lambda line: say(f"evaluate {name}  {line}"),
+            begun=begun,
+            keep=keep,
+        )
+        if name != "student_unscaled":
+            found["samples"] += suite.write_samples(
+                name, one.model, one.params, run.tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
+            )
 
 
 def _needles_by_scale(run: Run, essays) -> None:

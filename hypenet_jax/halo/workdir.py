@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -99,6 +100,15 @@ def read_json(path: pathlib.Path) -> Any:
         raise HypenetError(f"{path} is not valid JSON ({error}); remove it and run its step again") from None
 
 
+def made_by() -> dict[str, Any]:
+    """{"command", "versions", "device"} of this process, for what it measures; the command can be pasted."""
+    return {
+        "command": shlex.join(["hypenet", *sys.argv[1:]]),
+        "versions": versions(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
 @contextlib.contextmanager
 def timed(workdir: pathlib.Path, step: str) -> Iterator[None]:
     """Add the seconds that the body takes to run.json; see `add_seconds`."""
@@ -118,9 +128,7 @@ def add_seconds(workdir: pathlib.Path, step: str, seconds: float) -> None:
 
     def add() -> None:
         run = read_json(path) if path.is_file() else {"seconds": {}}
-        run["command"] = " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
-        run["versions"] = versions()
-        run["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        run |= made_by()
         run["processes"] = jax.process_count()
         run["seconds"][step] = round(run["seconds"].get(step, 0.0) + seconds, 1)
         _write_json(path, run)

@@ -145,6 +145,54 @@ def test_new_measurements_of_a_finished_run(finished, convert_config, tmp_path, 
     assert contents(copy / "finetune") == contents(finished / "finetune")
 
 
+def test_other_models_are_measured_beside_the_run_s_own(finished, convert_config, tmp_path, monkeypatch):
+    """An export scores as the student does; it is asked once, and again when its weights are others."""
+    copy, other, measure, asked = tmp_path / "run", tmp_path / "other", suite.evaluate_model, []
+    shutil.copytree(finished, copy)
+    shutil.copytree(finished / "export", other)
+    monkeypatch.setattr(suite, "evaluate_model", lambda *a, **k: asked.append(a[0].config.family) or measure(*a, **k))
+    command = ["evaluate", "--config", str(convert_config), "--workdir", str(copy), "--model", f"again={other}"]
+    assert main(command) == 0
+    models = read_json(copy / "eval.json")["models"]
+    assert models["again"]["from"] == str(other) and models["again"]["niah"] == models["student"]["niah"]
+    assert models["again"]["perplexity"] == pytest.approx(models["student"]["perplexity"], rel=1e-6)
+    assert asked == ["hypenet"]
+    assert main(command) == 0 and main(command[:-2]) == 0 and asked == ["hypenet"]
+    teacher = read_json(copy / "config.json")["teacher"]
+    assert main([*command[:-1], f"again={teacher}"]) == 0 and asked == ["hypenet", "qwen3"]
+    found = read_json(copy / "eval.json")
+    assert found["models"]["again"]["niah"] == found["models"]["teacher"]["niah"]
+    assert [sample["model"] for sample in found["samples"]] == ["teacher", "student", "again"]
+    assert main(["report", str(copy)]) == 0
+    assert ">again<" in (copy / "report/index.html").read_text()
+    assert "again" not in (copy / "export/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("teacher=export", "is called 'teacher', which the run has one of"),
+        ("export", "--model is 'export'; write NAME=DIRECTORY"),
+        ("a b=export", "--model is 'a b=export'; write NAME=DIRECTORY"),
+        ("mine=nowhere", "nowhere"),
+    ],
+)
+def test_other_models_that_cannot_be_measured(finished, convert_config, given, words, capsys, contents):
+    before = contents(finished)
+    assert main(["evaluate", "--config", str(convert_config), "--workdir", str(finished), "--model", given]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert contents(finished) == before
+
+
+def test_another_vocabulary_is_refused(finished, convert_config, tmp_path, tiny, capsys):
+    model, params = tiny
+    hn.save(model, params, tmp_path / "other")
+    command = ["evaluate", "--config", str(convert_config), "--workdir", str(finished)]
+    assert main([*command, "--model", f"other={tmp_path / 'other'}"]) == 2
+    assert f"has a vocabulary of {model.config.vocab_size:,}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "module", "function", "product"),
     [

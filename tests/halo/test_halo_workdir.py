@@ -7,7 +7,7 @@ import pytest
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import ConvertConfig, DataConfig, EvaluateConfig
-from hypenet_jax.halo.workdir import claim, read_json, timed, write_json
+from hypenet_jax.halo.workdir import claim, made_by, read_json, timed, write_json
 from hypenet_jax.train.stage import StageConfig
 
 STAGE = StageConfig(steps=100, batch_size=8, seq_len=64, peak_lr=1e-3, end_lr=1e-5)
@@ -114,3 +114,9 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, contents):
     rounded = dataclasses.replace(CONFIG, distill=dataclasses.replace(STAGE, weights="bfloat16"))
     refused(tmp_path, rounded, r"distill\.weights was float32 and is bfloat16", contents)
     claim(tmp_path, CONFIG)
+
+
+def test_the_command_can_be_pasted(monkeypatch):
+    """However the program was started: as a script, or as the module that its path ends in."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/hypenet_jax/cli.py", "convert", "--set", "seeds=(0, 1)"])
+    assert made_by()["command"] == "hypenet convert --set 'seeds=(0, 1)'"
