@@ -12,6 +12,7 @@ import runpy
 def get_config():
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("from_scratch.py")))["get_config"]()
     config.dtype = "float32"
+    config.seeds = (0,)
     config.model.update(hidden_size=64, intermediate_size=192, num_layers=4, head_dim=16, attention_layers=(1, 3))
     config.variants[-1]["intermediate_size"] = 224
     config.data = dict(sources=("stdlib", "retrieval:6000:seed=1:max_chars=512"), heldout_share=0.1)
