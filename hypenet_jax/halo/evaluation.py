@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import jax
@@ -41,16 +42,18 @@ class _Measured:
 def evaluate(run: Run, others: Mapping[str, str] = MappingProxyType({})) -> dict:
     """Teacher, student, student without scaling, and others, by the same measurements: eval.json, model by model.
 
-    others: directories or files that `hub.load` reads, by name, with the teacher's vocabulary. One whose weights have
-    changed since is measured again.
+    others: directories or files that `hub.load` reads, by name, with the teacher's tokenizer. They are read one at a
+    time; one whose weights have changed since is measured again.
     """
+    for name, source in others.items():
+        _check_other(name, source)
     path, settings = run.workdir / "eval.json", run.config.evaluate
     student, student_params = finished_student(run)
-    models = {
-        "teacher": _Measured(run.teacher, run.teacher_params),
-        "student": _Measured(student, student_params),
-        "student_unscaled": _Measured(student.with_logits_scaling(None), student_params),
-        **{name: _other(run, name, source) for name, source in others.items()},
+    models: dict[str, Callable[[], _Measured]] = {
+        "teacher": lambda: _Measured(run.teacher, run.teacher_params),
+        "student": lambda: _Measured(student, student_params),
+        "student_unscaled": lambda: _Measured(student.with_logits_scaling(None), student_params),
+        **{name: partial(_other, run, source) for name, source in others.items()},
     }
     # What is asked for every a has a file of its own.
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if not k.startswith("scale_")}
@@ -60,13 +63,8 @@ def evaluate(run: Run, others: Mapping[str, str] = MappingProxyType({})) -> dict
         found = wanted | {"teacher_length": run.config.distill.seq_len, "models": {}, "samples": []}
     windows, essays = corpus.measured_text(settings, run.heldout, run.tokenizer)
     begun = found.pop("begun", {})
-    for name, one in models.items():
-        if _is_of(one, found["models"].get(name)):
-            continue
-        found["samples"] = [sample for sample in found["samples"] if sample["model"] != name]
-        earlier = begun.get(name) if _is_of(one, begun.get(name)) else None
-        _measure(run, path, found, name, one, windows, essays, earlier)
-        write_json(path, found)
+    for name, opened in models.items():
+        _measure(run, path, found, begun.get(name), name, opened(), windows, essays)
     if settings.scale_lengths:
         _needles_by_scale(run, essays)
     first(lambda: _renew_card(run, student))
@@ -77,10 +75,15 @@ def _is_of(one: _Measured, measured: dict | None) -> bool:
     return measured is not None and all(measured.get(key) == value for key, value in one.about.items())
 
 
-def _other(run: Run, name: str, source: str) -> _Measured:
-    """A model from elsewhere, with the run's compute dtype and over its mesh. HypenetError where it cannot be asked."""
+def _check_other(name: str, source: str) -> None:
     if name in MODELS:
         raise HypenetError(f"the model {source} is called {name!r}, which the run has one of; give it another name")
+    if not pathlib.Path(source).expanduser().exists():
+        raise HypenetError(f"there is no model at {source}; give a local directory or a GGUF file")
+
+
+def _other(run: Run, source: str) -> _Measured:
+    """A model from elsewhere, with the run's compute dtype and over its mesh. HypenetError where it cannot be asked."""
     model, params = hub.load(source)
     if model.config.vocab_size != run.teacher.config.vocab_size:
         raise HypenetError(
@@ -97,10 +100,13 @@ def _other(run: Run, name: str, source: str) -> _Measured:
 
 
 def _measure(
-    run: Run, path: pathlib.Path, found: dict, name: str, one: _Measured, windows, essays, begun: dict | None
+    run: Run, path: pathlib.Path, found: dict, begun: dict | None, name: str, one: _Measured, windows, essays
 ) -> None:
-    """Put the scores of one model into `found`; what is measured so far is kept in the file after every cell."""
+    """Put the scores of one model into `found` and the file, unless they are there; kept after every cell."""
+    if _is_of(one, found["models"].get(name)):
+        return
     settings, say = run.config.evaluate, run.reporter.message
+    found["samples"] = [sample for sample in found["samples"] if sample["model"] != name]
     with timed(run.workdir, f"evaluate {name}"), Preemption() as preemption:
 
         def keep(measured: dict) -> None:
@@ -118,13 +124,14 @@ def _measure(
             essays=essays,
             seed=run.config.seed,
             report=lambda line: say(f"evaluate {name}  {line}"),
-            begun=begun,
+            begun=begun if _is_of(one, begun) else None,
             keep=keep,
         )
         if name != "student_unscaled":
             found["samples"] += suite.write_samples(
                 name, one.model, one.params, run.tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
             )
+    write_json(path, found)
 
 
 def _needles_by_scale(run: Run, essays) -> None:
