@@ -9,7 +9,7 @@ from typing import Any
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.report import MODELS, ordered
-from hypenet_jax.evals.report_style import FONT, INK, MUTED, RULE, model_colour, model_name
+from hypenet_jax.evals.report_style import FONT, INK, MUTED, RULE, model_name
 
 try:
     from matplotlib.figure import Figure
@@ -71,10 +71,10 @@ def by_model(evaluated: dict[str, Any], section: str) -> list[tuple[str, list[di
     return [(m, models[m].get(section) or []) for m in sorted(models, key=lambda m: ordered(m, MODELS))]
 
 
-def line_style(model: str) -> dict[str, Any]:
+def line_style(model: str, colour: str) -> dict[str, Any]:
     dashed = {"ls": (0, (4, 2))} if model == "student_unscaled" else {}
     return {
-        "color": model_colour(model),
+        "color": colour,
         "marker": _MARKERS.get(model, "o"),
         "ms": 4.5,
         "lw": 1.8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypenet_jax.evals import report_needles, report_plots
 from hypenet_jax.evals.report import MODELS, STAGES, ordered
 from hypenet_jax.evals.report_axes import short, short_length
 from hypenet_jax.evals.report_parts import beside, card, clock, document, drawn, missing, provenance, section, table
-from hypenet_jax.evals.report_style import ATTENTION, LIGHTNING, model_colour, model_name
+from hypenet_jax.evals.report_style import ATTENTION, LIGHTNING, model_colours, model_name
 
 _STAGE_NAMES = {
     "align": ("Alignment", "MSE between the mixers' outputs"),
@@ -228,7 +228,8 @@ def _scaling(found: dict[str, Any]) -> str:
 def _perplexity(found: dict[str, Any]) -> str:
     models = (found["eval"] or {}).get("models") or {}
     whole = [(m, models[m].get("perplexity")) for m in sorted(models, key=lambda m: ordered(m, MODELS))]
-    rows = [[_dot(m), f"{p:.3f}"] for m, p in whole if p is not None]
+    colours = _colours(found)
+    rows = [[_dot(m, colours), f"{p:.3f}"] for m, p in whole if p is not None]
     drawing = report_plots.perplexity_by_position(found["eval"] or {})
     if not rows and drawing is None:
         return section("Perplexity", missing("perplexity", "eval.json does not hold it"))
@@ -256,7 +257,7 @@ def _needles(found: dict[str, Any]) -> str:
     elif answered == "generate":
         about += " A needle counts as found when the generated text contains the answer."
     parts = [f'<p class="about">{about}</p>', drawn(lines, "Answered needles by length, with Wilson's 95% intervals.")]
-    parts.append(_accuracy_table(rows))
+    parts.append(_accuracy_table(rows, _colours(found)))
     maps = report_needles.needle_maps(found["eval"])
     if maps is not None:
         caption = (
@@ -267,7 +268,7 @@ def _needles(found: dict[str, Any]) -> str:
     return section("Needle in a haystack", *parts)
 
 
-def _accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
+def _accuracy_table(rows: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> str:
     lengths = sorted({r["length"] for r in rows})
     cells = {(r["task"], r["model"], r["length"]): r for r in rows}
     lines, previous = [], None
@@ -275,7 +276,7 @@ def _accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
         columns = "".join(_accuracy_cell(cells.get((task, model, length))) for length in lengths)
         first = f'<td class="text"><b>{escape(task)}</b></td>' if task != previous else "<td></td>"
         group = ' class="group"' if task != previous and previous is not None else ""
-        lines.append(f'<tr{group}>{first}<td class="text">{_dot(model)}</td>{columns}</tr>')
+        lines.append(f'<tr{group}>{first}<td class="text">{_dot(model, colours)}</td>{columns}</tr>')
         previous = task
     head = '<th>Task</th><th class="text">Model</th>' + "".join(f"<th>{short_length(n)}</th>" for n in lengths)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -295,19 +296,26 @@ def _samples(found: dict[str, Any]) -> str:
         return section("Samples", missing("generated text", "eval.json holds no samples"))
     # The same prompt's continuations stand together.
     prompts = list(dict.fromkeys(str(s.get("prompt", "")) for s in samples))
-    blocks = []
+    blocks, colours = [], _colours(found)
     for sample in sorted(samples, key=lambda s: prompts.index(str(s.get("prompt", "")))):
         model, prompt = str(sample.get("model", "model")), str(sample.get("prompt", ""))
         shown = prompt if len(prompt) <= 700 else f"… {prompt[-700:]}"
         blocks.append(
-            f'<div class="sample" style="--c:{model_colour(model)}"><div class="who">{escape(model_name(model))}</div>'
+            f'<div class="sample" style="--c:{colours[model]}"><div class="who">{escape(model_name(model))}</div>'
             f'<p><span class="prompt">{escape(shown)}</span>{escape(str(sample.get("text", "")))}</p></div>'
         )
     return section("Samples", '<p class="about">Greedy continuations; the prompt in grey.</p>', *blocks)
 
 
-def _dot(model: str) -> str:
-    return f'<span class="dot" style="--c:{model_colour(model)}"></span>{escape(model_name(model))}'
+def _colours(found: dict[str, Any]) -> dict[str, str]:
+    """The models' colours, the same as in the plots; written samples are usually of measured models."""
+    evaluated = found["eval"] or {}
+    wrote = (str(sample.get("model", "model")) for sample in evaluated.get("samples") or ())
+    return model_colours([*(evaluated.get("models") or {}), *wrote])
+
+
+def _dot(model: str, colours: Mapping[str, str]) -> str:
+    return f'<span class="dot" style="--c:{colours[model]}"></span>{escape(model_name(model))}'
 
 
 def _mean_accuracy(rows: Sequence[dict[str, Any]], model: str, length: int) -> float | None:

@@ -22,7 +22,7 @@ from hypenet_jax.evals.report_axes import (
     short_length,
     svg,
 )
-from hypenet_jax.evals.report_style import INK, MUTED, model_colour, model_name
+from hypenet_jax.evals.report_style import INK, MUTED, model_colours, model_name
 
 SCALE_COLOURS = ("#5a7fa8", "#d55e00", "#009e73", "#a05195", "#e2a72e", "#3b3b3b")
 
@@ -34,6 +34,7 @@ def needle_accuracy(evaluated: dict[str, Any] | None, rows: Sequence[dict[str, A
     if not tasks:
         return None
     models = sorted({r["model"] for r in rows}, key=lambda m: ordered(m, MODELS))
+    colours = model_colours((evaluated or {}).get("models") or models)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5.4, min(10.8, 3.6 * len(tasks))), 3.6), layout="constrained")
         panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
@@ -41,7 +42,8 @@ def needle_accuracy(evaluated: dict[str, Any] | None, rows: Sequence[dict[str, A
             for i, model in enumerate(models):
                 line = [r for r in rows if r["task"] == task and r["model"] == model]
                 if line:
-                    _accuracy_line(axes, model, line, 2 ** (0.07 * (i - (len(models) - 1) / 2)))
+                    shift = 2 ** (0.07 * (i - (len(models) - 1) / 2))
+                    _accuracy_line(axes, line, shift, line_style(model, colours[model]))
             axes.set_xscale("log", base=2)
             axes.set_ylim(-3, 104)
             axes.set_title(task, pad=19)
@@ -49,18 +51,17 @@ def needle_accuracy(evaluated: dict[str, Any] | None, rows: Sequence[dict[str, A
             mark_training(axes, evaluated or {})
         panels[0].set_ylabel("answered (%)")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside upper right", ncols=min(4, len(labels)))
         return svg(figure, "needle-accuracy")
 
 
-def _accuracy_line(axes: Any, model: str, line: list[dict[str, Any]], shift: float) -> None:
+def _accuracy_line(axes: Any, line: list[dict[str, Any]], shift: float, style: dict[str, Any]) -> None:
     x = [r["length"] * shift for r in line]
     y = [100 * r["accuracy"] for r in line]
     spread = [
         [max(0.0, 100 * (r["accuracy"] - r["low"])) for r in line],
         [max(0.0, 100 * (r["high"] - r["accuracy"])) for r in line],
     ]
-    style = line_style(model)
     axes.errorbar(x, y, yerr=spread, elinewidth=1.0, capsize=2.2, capthick=1.0, clip_on=False, **style)
 
 
@@ -112,6 +113,7 @@ def needle_maps(evaluated: dict[str, Any] | None) -> str | None:
         return None
     lengths = sorted({r["length"] for _, rows in models for r in rows})
     depths = sorted({r["depth"] for _, rows in models for r in rows})
+    colours = model_colours((evaluated or {}).get("models") or {})
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         width = min(10.8, 1.6 + 3.1 * len(models))
         figure = Figure(figsize=(width, 0.5 + 2.15 * len(tasks)), layout="constrained")
@@ -122,7 +124,7 @@ def needle_maps(evaluated: dict[str, Any] | None) -> str | None:
                 grid, labels = depth_grid([r for r in rows if r["task"] == task], lengths, depths)
                 image = _map(axes, grid, lengths, labels, evaluated or {})
                 if axes.get_subplotspec().is_first_row():
-                    axes.set_title(model_name(model), color=model_colour(model))
+                    axes.set_title(model_name(model), color=colours[model])
             row[0].set_ylabel(f"{task}\ndepth (%)")
         for axes in panels[-1]:
             axes.set_xlabel("length (tokens)")

@@ -22,7 +22,7 @@ from hypenet_jax.evals.report_axes import (
     single,
     svg,
 )
-from hypenet_jax.evals.report_style import ATTENTION, INK, LIGHTNING, MODEL_COLOURS, MUTED, model_colour
+from hypenet_jax.evals.report_style import ATTENTION, INK, LIGHTNING, MODEL_COLOURS, MUTED, model_colours
 
 
 def loss_curve(name: str, records: Sequence[dict[str, Any]]) -> str | None:
@@ -112,10 +112,10 @@ def scale_fit(fit: dict[str, Any]) -> str | None:
     grid, losses = np.asarray(points, float).T
     with matplotlib.rc_context(STYLE):
         figure, axes = single(6.6, 3.0)
-        axes.plot(grid, losses, marker="o", ms=4.5, lw=1.8, color=model_colour("student"), label="scaled by $s_t$")
+        axes.plot(grid, losses, marker="o", ms=4.5, lw=1.8, color=MODEL_COLOURS["student"], label="scaled by $s_t$")
         plain, best = fit.get("loss_unscaled"), fit.get("a")
         if plain is not None:
-            colour = model_colour("student_unscaled")
+            colour = MODEL_COLOURS["student_unscaled"]
             axes.axhline(plain, lw=1.6, ls=(0, (5, 3)), color=colour, label="unscaled")
         if best is not None:
             axes.axvline(best, lw=1, color=MUTED, ls=(0, (2, 2)))
@@ -136,12 +136,12 @@ def perplexity_by_position(evaluated: dict[str, Any]) -> str | None:
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = single(6.6, 3.1)
-        values = []
+        values, colours = [], model_colours(evaluated["models"])
         for model, rows in lines:
             x = [math.sqrt(max(r["start"], r["stop"] / 4) * r["stop"]) for r in rows]
             y = [math.exp(min(r["nll"], 50.0)) if r["nll"] is not None else math.nan for r in rows]
             values += [v for v in y if math.isfinite(v)]
-            axes.plot(x, y, **line_style(model))
+            axes.plot(x, y, **line_style(model, colours[model]))
         axes.set_xscale("log", base=2)
         if values and max(values) > 4 * min(values):
             axes.set_yscale("log")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 INK = "#1c2430"
 MUTED = "#667085"
 RULE = "#e3e7ed"
@@ -10,13 +12,14 @@ LIGHTNING = "#f2c14e"
 
 MODEL_COLOURS = {"teacher": "#5a7fa8", "student": "#d55e00", "student_unscaled": "#e2a72e", "model": "#d55e00"}
 MODEL_NAMES = {"teacher": "Teacher", "student": "Student", "student_unscaled": "Student, unscaled", "model": "Model"}
-OTHER_COLOURS = ("#009e73", "#a05195", "#56b4e9", "#6b6b6b")
+OTHER_COLOURS = ("#009e73", "#a05195", "#56b4e9", "#6b6b6b", "#7a5c1e", "#e377a2", "#2f4b7c", "#8fb339")
 FONT = "Inter, 'Helvetica Neue', Helvetica, 'Liberation Sans', Arial, sans-serif"
 
 
-def model_colour(name: str) -> str:
-    """The colour a model has in every plot."""
-    return MODEL_COLOURS.get(name) or OTHER_COLOURS[sum(map(ord, name)) % len(OTHER_COLOURS)]
+def model_colours(names: Iterable[str]) -> dict[str, str]:
+    """The colour that each of these models has in every plot: its own, or the next of the others' by name."""
+    others = sorted({*names} - MODEL_COLOURS.keys())
+    return MODEL_COLOURS | {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
 
 
 def model_name(name: str) -> str:

@@ -15,6 +15,7 @@ from hypenet_jax.evals import report
 from hypenet_jax.evals.intervals import wilson
 from hypenet_jax.evals.report_axes import short, short_length
 from hypenet_jax.evals.report_needles import depth_grid
+from hypenet_jax.evals.report_style import MODEL_COLOURS, model_colours
 
 SECTIONS = ["Network", "Training", "Layer selection", "Query scaling", "Perplexity", "Needle in a haystack", "Samples"]
 FIGURES = {
@@ -267,3 +268,10 @@ def test_depths_keep_their_rows_or_share_bins():
 def test_numbers_are_short():
     assert [short(x) for x in (0.5, 999, 1500, 3.2e8, 1e9)] == ["0.5", "999", "1.5k", "320M", "1B"]
     assert [short_length(x) for x in (512, 1024, 65536, 1 << 20, 500)] == ["512", "1K", "64K", "1M", "500"]
+
+
+def test_every_measured_model_has_a_colour_of_its_own():
+    names = ("teacher", "student", "student_unscaled", "tuned", "restored", "copy-3e-4", "procrustes-3e-4", "a", "b")
+    colours = model_colours(names)
+    assert len({colours[name] for name in names}) == len(names)
+    assert colours == model_colours(reversed(names)) and colours["teacher"] == MODEL_COLOURS["teacher"]
