@@ -15,7 +15,8 @@ from hypenet_jax import hub
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
 from hypenet_jax.evals.card import run_card
-from hypenet_jax.evals.report import MODELS, SCALE_NEEDLES
+from hypenet_jax.evals.report import SCALE_NEEDLES
+from hypenet_jax.evals.report_style import MODEL_NAMES
 from hypenet_jax.halo import corpus
 from hypenet_jax.halo.run import Run, finished_student
 from hypenet_jax.halo.scale_needles import scale_needles
@@ -76,8 +77,8 @@ def _is_of(one: _Measured, measured: dict | None) -> bool:
 
 
 def _check_other(name: str, source: str) -> None:
-    if name in MODELS:
-        raise HypenetError(f"the model {source} is called {name!r}, which the run has one of; give it another name")
+    if name in MODEL_NAMES:
+        raise HypenetError(f"the model {source} is called {name!r}, a name of the run's own; give it another")
     if not pathlib.Path(source).expanduser().exists():
         raise HypenetError(f"there is no model at {source}; give a local directory or a GGUF file")
 

@@ -171,7 +171,7 @@ def test_other_models_are_measured_beside_the_run_s_own(finished, convert_config
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("teacher=export", "is called 'teacher', which the run has one of"),
+        ("teacher=export", "is called 'teacher', a name of the run's own"),
         ("export", "--model is 'export'; write NAME=DIRECTORY"),
         ("a b=export", "--model is 'a b=export'; write NAME=DIRECTORY"),
         ("mine=nowhere", "nowhere"),
