@@ -1,6 +1,5 @@
 """gpu_local.sh for real with a small program; slurm.sh, gke.sh and sweep.sh against stand-ins."""
 
-import os
 import signal
 import subprocess
 import time
@@ -36,10 +35,8 @@ def test_a_host_gives_up_with_75(cluster):
     assert stopped.returncode == 75 and len((cluster.place / "seen").read_text().splitlines()) == 2
 
 
-def _as_in_a_terminal() -> None:
-    """A shell cannot trap what it was started to ignore, and so are commands in the background, these tests perhaps."""
-    os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A shell cannot trap what it was started to ignore, and so are commands in the background, these tests perhaps.
+AS_IN_A_TERMINAL = ("env", "--default-signal=INT")
 
 
 def test_a_host_passes_a_signal_on_and_does_not_start_again(cluster):
@@ -52,7 +49,7 @@ def test_a_host_passes_a_signal_on_and_does_not_start_again(cluster):
     for sent in (signal.SIGTERM, signal.SIGINT):
         (cluster.place / "seen").unlink(missing_ok=True)
         launcher = subprocess.Popen(
-            [cluster.checkout / "launch/gpu_local.sh", "--hypenet", path, *COMMAND], preexec_fn=_as_in_a_terminal
+            [*AS_IN_A_TERMINAL, cluster.checkout / "launch/gpu_local.sh", "--hypenet", path, *COMMAND], process_group=0
         )
         while not (cluster.place / "seen").exists():
             time.sleep(0.02)
