@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
-import jax
-
 from hypenet_jax import hub
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import suite
@@ -18,14 +16,13 @@ from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.report import SCALE_NEEDLES
 from hypenet_jax.evals.report_style import MODEL_NAMES
 from hypenet_jax.halo import corpus
-from hypenet_jax.halo.run import Run, finished_student
+from hypenet_jax.halo.run import Run, finished_student, spread
 from hypenet_jax.halo.scale_needles import scale_needles
 from hypenet_jax.halo.teacher_cache import fingerprint
 from hypenet_jax.halo.workdir import read_json, timed, write_json
 from hypenet_jax.hub.card import CARD, replace_card
 from hypenet_jax.model import LanguageModel
-from hypenet_jax.parallel.processes import first, place
-from hypenet_jax.parallel.rules import param_shardings, rules_of
+from hypenet_jax.parallel.processes import first
 from hypenet_jax.train.preemption import EXIT_PREEMPTED, Preemption
 
 EXPORT, EXPORT_DTYPE = "export", "float32"
@@ -79,8 +76,7 @@ def _is_of(one: _Measured, measured: dict | None) -> bool:
 def _check_other(name: str, source: str) -> None:
     if name in MODEL_NAMES:
         raise HypenetError(f"the model {source} is called {name!r}, a name of the run's own; give it another")
-    if not pathlib.Path(source).expanduser().exists():
-        raise HypenetError(f"there is no model at {source}; give a local directory or a GGUF file")
+    hub.existing(source)
 
 
 def _other(run: Run, source: str) -> _Measured:
@@ -93,10 +89,7 @@ def _other(run: Run, source: str) -> _Measured:
         )
     if model.tokenizer is not None and model.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise HypenetError(f"{source} has another tokenizer than the run's teacher; name a model with the teacher's")
-    config = run.config
-    model = dataclasses.replace(model, dtype=config.dtype, remat=config.remat, exchange=config.exchange)
-    shardings = param_shardings(model.param_axes(), params, run.mesh, rules_of(config.rules))
-    params = jax.tree.map(place, params, shardings)
+    model, params = spread(run.config, run.mesh, model, params, run.config.rules)
     return _Measured(model, params, {"from": source, "weights": fingerprint(model, params)})
 
 

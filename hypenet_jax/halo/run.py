@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -64,18 +64,26 @@ def open_run(
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
     teacher, params = hub.load(config.teacher)
-    teacher = dataclasses.replace(teacher, dtype=config.dtype, remat=config.remat, exchange=config.exchange)
-    if teacher.tokenizer is None:
+    tokenizer = teacher.tokenizer
+    if tokenizer is None:
         raise HypenetError(f"the teacher {config.teacher} has no tokenizer.json; put one beside its weights")
     precheck.check_plan(config, teacher.config, mesh)
     with precheck.section("teacher_rules"):
-        shardings = param_shardings(teacher.param_axes(), params, mesh, rules_of(config.teacher_rules))
-    params = jax.tree.map(place, params, shardings)
+        teacher, params = spread(config, mesh, teacher, params, config.teacher_rules)
     path = claim(workdir, config)
-    text, heldout = corpus.packed_corpus(config.data, teacher.tokenizer, path / DATA, reporter.message)
-    precheck.check_text(config, teacher.tokenizer, text, heldout)
+    text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
+    precheck.check_text(config, tokenizer, text, heldout)
     opened = time.monotonic() - start
     return Run(config, path, mesh, teacher, params, text, heldout, reporter, command, opened)
+
+
+def spread(
+    config: ConvertConfig, mesh: Mesh, model: LanguageModel, params: dict, rules: Mapping[str, Sequence[str]]
+) -> tuple[LanguageModel, dict]:
+    """A loaded model as the run computes with it, its parameters over the mesh; HypenetError if an axis does not fit."""
+    model = dataclasses.replace(model, dtype=config.dtype, remat=config.remat, exchange=config.exchange)
+    shardings = param_shardings(model.param_axes(), params, mesh, rules_of(rules))
+    return model, jax.tree.map(place, params, shardings)
 
 
 def transferred(

@@ -50,11 +50,9 @@ def load(
       HypenetError: nothing there, an unknown format or architecture, a setting that is not supported, or weights
         that do not belong to the config.
     """
-    source = Path(path).expanduser()
+    source = existing(path)
     wanted = params.dtype_of(dtype)
     computed = params.dtype_of(compute_dtype or dtype).name
-    if not source.exists():
-        raise HypenetError(f"there is no model at {source}; give a local directory or a GGUF file")
     if source.is_file():
         config, tree, tokenizer = gguf_model.read(source, wanted, place)
     elif _is_checkpoint(source):
@@ -65,6 +63,14 @@ def load(
         tokenizer = _read_tokenizer(source, config)
     check_vocabulary(config, tokenizer, str(source))
     return LanguageModel(config=config, dtype=computed, tokenizer=tokenizer), tree
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a model to load; raises HypenetError where nothing is."""
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise HypenetError(f"there is no model at {source}; give a local directory or a GGUF file")
+    return source
 
 
 def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
