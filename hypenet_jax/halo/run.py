@@ -80,7 +80,7 @@ def open_run(
 def spread(
     config: ConvertConfig, mesh: Mesh, model: LanguageModel, params: dict, rules: Mapping[str, Sequence[str]]
 ) -> tuple[LanguageModel, dict]:
-    """A loaded model as the run computes with it, its parameters over the mesh; HypenetError if an axis does not fit."""
+    """A loaded model as the run computes with it, its parameters over the mesh; HypenetError where axes do not fit."""
     model = dataclasses.replace(model, dtype=config.dtype, remat=config.remat, exchange=config.exchange)
     shardings = param_shardings(model.param_axes(), params, mesh, rules_of(rules))
     return model, jax.tree.map(place, params, shardings)
