@@ -46,7 +46,8 @@ def compare(run: Run) -> pathlib.Path:
     _claim(directory, _settings(run))
     with timed(directory, "all, with starts and compiling"):
         choices = _choices(run, mixers, directory)
-        layer_sets = sorted({tuple(choice["layers"]) for choice in choices})
+        # In the order of the choices, so that a comparison cut short is whole for its first seeds.
+        layer_sets = list(dict.fromkeys(tuple(choice["layers"]) for choice in choices))
         said = f"{len(config.methods)} methods with {len(config.seeds)} seeds: {len(layer_sets)} choices"
         run.reporter.message(f"compare-selection  {said}")
         students = _Students(run, mixers, directory).all(layer_sets)
@@ -57,7 +58,7 @@ def compare(run: Run) -> pathlib.Path:
             directory,
             selection_table(
                 choices,
-                students,
+                sorted(students, key=lambda student: student["layers"]),
                 teacher,
                 settings=_settings(run),
                 methods=config.methods,
