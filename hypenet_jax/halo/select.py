@@ -37,7 +37,7 @@ def rank(
     eps: float = EPS,
     clip: float = CLIP,
 ) -> list[int]:
-    """Layer indices, the one that most needs its attention first; equal scores by index.
+    """Layer indices, the one that most needs its attention first; equal scores by index (see `_ordered`).
 
     csr, recall, kl: [L] common-sense score, recall score and KL(teacher || variant) of the model whose layer i alone
     is replaced by its stage-1 Lightning student. restored_kl: [L] the same KL where layer i alone is not. gate: [L]
@@ -46,7 +46,16 @@ def rank(
     for unknown methods and arrays of different or no length.
     """
     scores = importance(csr, recall, method, kl=kl, restored_kl=restored_kl, gate=gate, eps=eps, clip=clip)
-    return [int(i) for i in np.argsort(-scores, kind="stable")]
+    return _ordered(scores, recall, method)
+
+
+def _ordered(scores: np.ndarray, recall: Sequence[float] | np.ndarray, method: str) -> list[int]:
+    """Layer indices by falling score, equal ones by index; under "halo" the larger drop in recall first.
+
+    A choice probe that few layers fail leaves many at the clip, where index alone would keep the first layers.
+    """
+    ties = np.asarray(recall, np.float64) if method == "halo" else np.zeros(scores.size)
+    return [int(i) for i in np.lexsort((ties, -scores))]
 
 
 def importance(
@@ -122,8 +131,8 @@ def choose(scores: dict, num_layers: int, method: str, keep: int | None = None) 
         if len(scores[name]) != num_layers:
             covered = len(scores[name])
             raise HypenetError(f"the scores cover {covered} layers but the model has {num_layers}; give one a layer")
-    ranked = np.argsort(-importance_of(scores, method), kind="stable")
-    return tuple(sorted(int(layer) for layer in ranked[:keep]))
+    ranked = _ordered(importance_of(scores, method), scores.get("recall", ()), method)
+    return tuple(sorted(ranked[:keep]))
 
 
 def kept(num_layers: int, keep: int | None) -> int:
