@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.evals.intervals import wilson
+from hypenet_jax.evals.intervals import wilson_of_seeds
 from hypenet_jax.evals.report import TASK_ORDER, finite, metrics_records, ordered, read_object
 from hypenet_jax.model.config import POSITIONS
 
@@ -74,7 +74,7 @@ def label(variant: dict[str, Any]) -> str:
 def _line(variant: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """{"name", "label", "seeds", "parameters", "mixers", "attention_rope", "rnn_rope", "scaling", "train_loss",
     "perplexity", "accuracy", "loss"}: accuracy rows {"task", "length", "correct", "total", "accuracy", "low", "high",
-    "by_seed"} with Wilson's 95% interval over all needles; loss rows {"start", "stop", "nll", "by_seed"}.
+    "by_seed"} with `wilson_of_seeds`; loss rows {"start", "stop", "nll", "by_seed"}.
     """
     network = results[0]["network"]
     attention_rope, rnn_rope = POSITIONS[variant["position"]]
@@ -113,7 +113,7 @@ def _accuracy(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (task, length), cells in sorted(counts.items(), key=lambda item: (ordered(item[0][0], TASK_ORDER), item[0][1])):
         correct, total = (sum(cell[k] for cell in cells) for k in (0, 1))
-        low, high = wilson(correct, total)
+        low, high = wilson_of_seeds([(right, asked) for right, asked in cells if asked])
         rows.append(
             {"task": task, "length": length, "correct": correct, "total": total, "accuracy": correct / total}
             | {"low": low, "high": high, "by_seed": [right / asked for right, asked in cells if asked]}

@@ -72,8 +72,7 @@ def _cards(lines: Sequence[Mapping[str, Any]], trained: int, longest: int) -> li
     for length in dict.fromkeys([*within, longest]):
         times = f"{length / trained:.3g}× the training length"
         right, asked = needles_at(own, length)
-        low, high = wilson(right, asked)
-        note = f"95% interval {low:.0%} to {high:.0%}"
+        note = _sure(own, length)
         if length / trained == _PAPER[0]:
             note += f"; the paper's at this multiple, with 500M parameters: {_PAPER[1]}"
         cards.append(card(f"{own['label']}: needles at {short_length(length)} ({times})", f"{right / asked:.0%}", note))
@@ -85,6 +84,16 @@ def _cards(lines: Sequence[Mapping[str, Any]], trained: int, longest: int) -> li
     return cards
 
 
+def _sure(line: Mapping[str, Any], length: int) -> str:
+    """How far the seeds lie apart over all tasks at a length, or the interval of a single one."""
+    rows = [row["by_seed"] for row in line["accuracy"] if row["length"] == length]
+    seeds = [sum(shares) / len(shares) for shares in zip(*rows, strict=True)]
+    if len(seeds) > 1:
+        return f"by seed {min(seeds):.0%} to {max(seeds):.0%}"
+    low, high = wilson(*needles_at(line, length))
+    return f"95% interval {low:.0%} to {high:.0%}"
+
+
 def _share(line: Mapping[str, Any], length: int) -> float:
     right, asked = needles_at(line, length)
     return right / asked if asked else 0.0
@@ -94,7 +103,8 @@ def _figure(found: dict[str, Any]) -> str:
     about = (
         "RULER NIAH-Single: S1 hides a number in noise, S2 a number in prose (“-like”: other prose than RULER's "
         "essays). A needle counts as found when greedy generation would begin with the answer. Bars: Wilson's 95% "
-        "intervals. Loss: of tokens by their position in held-out documents "
+        "intervals of one seed's needles, the same for all; small dots: each seed. Loss: of tokens by their position "
+        "in held-out documents "
         f"({max(line['windows'] for line in found['lines'])} of them), a mean for each doubling."
     )
     figure = svg(comparison_plots.against_length(found), "against-length")

@@ -24,6 +24,15 @@ def wilson(correct: float, total: int, z: float = 1.959963984540054) -> tuple[fl
     return max(0.0, low), min(1.0, high)
 
 
+def wilson_of_seeds(counts: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Wilson's 95% interval of the mean share found by several seeds, of (found, asked) each, all asked the same.
+
+    As wide as one seed's: more seeds ask no new questions. It does not say how far seeds lie apart.
+    """
+    found, asked = (math.fsum(values) / len(counts) for values in zip(*counts, strict=True))
+    return wilson(found, round(asked))
+
+
 def student_t(values: Sequence[float], confidence: float = 0.95) -> dict[str, float | None]:
     """{"mean", "low", "high"}: the mean's interval by Student's t over independent values; one value has none."""
     mean = math.fsum(values) / len(values)

@@ -145,7 +145,10 @@ def _needles(found: dict[str, Any]) -> str:
             counts = f"<small>{n['correct']}/{n['total']}, {n['low']:.0%} to {n['high']:.0%}</small>"
             cells.append(f"{n['correct'] / n['total']:.0%}{counts}")
         rows.append([escape(variant["label"]), *cells])
-    about = "Asked of every finished cell, without scaling; seeds together, with Wilson's 95% intervals."
+    about = (
+        "Asked of every finished cell, without scaling; seeds together, with Wilson's 95% intervals of one seed's "
+        "needles, which are the same for all."
+    )
     head = ["Variant", *(f"{task} at {length:,}" for task, length in columns)]
     return section("Needles", f'<p class="about">{about}</p>', table(head, rows))
 

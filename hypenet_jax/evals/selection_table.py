@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from hypenet_jax.evals.intervals import wilson
+from hypenet_jax.evals.intervals import wilson_of_seeds
 from hypenet_jax.evals.report import accuracy_rows, check_ours, replace_file
 
 MARK = '<meta name="generator" content="hypenet_jax selection">'
@@ -99,7 +99,7 @@ def _pooled(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]
     pooled = []
     for same in zip(*by_seed, strict=True):
         total, correct = same[0]["total"], _mean([row["correct"] for row in same])
-        low, high = wilson(correct, total)
+        low, high = wilson_of_seeds([(row["correct"], row["total"]) for row in same])
         pooled.append(
             {"task": same[0]["task"], "length": same[0]["length"], "correct": correct, "total": total}
             | {"accuracy": correct / total, "low": low, "high": high}

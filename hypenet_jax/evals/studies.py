@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from hypenet_jax.evals.intervals import student_t, wilson
+from hypenet_jax.evals.intervals import student_t, wilson_of_seeds
 
 # What is measured in each stage of a cell, and whether the tokens to reach a level of it are compared.
 MEASURES = {"align": ("mse",), "distill": ("kl", "nll")}
@@ -94,15 +93,14 @@ def _ratio(own: Sequence[dict], other: Sequence[dict], measure: str) -> float | 
 
 
 def _pooled(own: dict[int, dict]) -> list[dict[str, Any]]:
-    """Needles of all seeds together, with Wilson's 95% interval."""
-    counts: dict[tuple[str, int], np.ndarray] = {}
+    """Needles of all seeds added up, with `wilson_of_seeds`: every cell is asked the same."""
+    counts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for cell in own.values():
         for row in cell["needles"]:
-            key = (row["task"], row["length"])
-            counts[key] = counts.get(key, np.zeros(2, int)) + (row["correct"], row["total"])
+            counts[row["task"], row["length"]].append((row["correct"], row["total"]))
     rows = []
-    for (task, length), (right, total) in sorted(counts.items()):
-        low, high = wilson(int(right), int(total))
-        rows.append({"task": task, "length": length, "correct": int(right), "total": int(total)})
-        rows[-1] |= {"low": low, "high": high}
+    for (task, length), cells in sorted(counts.items()):
+        right, total = map(sum, zip(*cells, strict=True))
+        low, high = wilson_of_seeds(cells)
+        rows.append({"task": task, "length": length, "correct": right, "total": total, "low": low, "high": high})
     return rows

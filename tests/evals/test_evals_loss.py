@@ -13,7 +13,7 @@ import pytest
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import choice, perplexity, recall, token_nll
-from hypenet_jax.evals.intervals import wilson
+from hypenet_jax.evals.intervals import wilson, wilson_of_seeds
 
 VOCAB, WIDTH = 11, 5
 
@@ -157,6 +157,12 @@ def test_wilson_solves_its_equation(total, share):
         if 0 < bound < 1:
             z = abs(observed - bound) / np.sqrt(bound * (1 - bound) / total)
             assert z == pytest.approx(1.959964, rel=1e-4)
+
+
+def test_seeds_that_are_asked_the_same_needles_are_not_more_needles():
+    assert wilson_of_seeds([(3, 10)]) == wilson(3, 10)
+    assert wilson_of_seeds([(3, 10), (5, 10), (4, 10)]) == wilson(4, 10)
+    assert wilson_of_seeds([(0, 4), (1, 4)]) == wilson(0.5, 4)
 
 
 def test_wilson_of_known_counts():
