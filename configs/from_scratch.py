@@ -7,8 +7,7 @@ Five networks of the same size see the same bytes in the same order: documentati
 scaling of their attention share one training. Other text: --set 'data.sources=["text.parquet", "retrieval:60000"]'.
 configs/from_scratch_toy.py is the same for a CPU.
 
-Measured with `--set train.steps=1000 --set 'seeds=(0,)'`: 337 s of one H100 that a conversion shared
-(docs/results/from-scratch). As it is, it should take 14 minutes of one.
+Measured on one H100 that another program shared: 14.5 minutes (docs/results/from-scratch).
 """
 
 import ml_collections
@@ -43,7 +42,7 @@ def get_config():
     # The documentation is listed four times to make up a third of the stream.
     config.data = dict(sources=("stdlib",) * 4 + ("retrieval:60000:seed=1:max_chars=512",), heldout_share=0.1)
     config.train = dict(
-        # At half of them a network may or may not have learned to retrieve (docs/results/from-scratch).
+        # After half of them a network may or may not have learned to retrieve (docs/results/from-scratch).
         steps=2000,
         batch_size=128,
         seq_len=512,
