@@ -9,7 +9,7 @@ Measured on an H100 80GB (docs/planning.md): 72.6 GiB for stage 2 and 72.3 for s
 float32 masters, moments and the teacher in bfloat16, the rest activations and gradients of a microbatch. Activations
 are kept, as a third and a quarter of the batch at a time allows; with everything made again in the backward pass
 (`--set remat=True --set distill.gradient_accumulation=1 --set finetune.gradient_accumulation=1`) it is 36.5 and 36.7
-GiB, and 10% and 14% slower. Stage 1 keeps every activation either way (29.3 GiB by the compiler).
+GiB, and 10% and 14% slower. Stage 1 holds one layer's activations either way (12.7 GiB by the compiler).
 """
 
 import ml_collections

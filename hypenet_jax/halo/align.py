@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
     The frozen teacher's residual stream feeds every layer, and each layer's student mixer gets the teacher mixer's
     input; the error between the two outputs is averaged over layers, tokens and width (arXiv 2601.22156, stage 1).
     `student` is all Lightning; mixer_params is {"layer_i": mixer parameters}. Nothing above the last layer's mixer
-    is computed: neither the last SwiGLU nor any logits.
+    is computed: neither the last SwiGLU nor any logits. A layer's gradient is made with its error, as no other layer
+    has a part in it: what it is made from is held for one layer at a time.
     """
     last = student.config.num_layers - 1
 
@@ -28,13 +30,21 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
             wanted = mixers.attention.forward(
                 teacher_params[f"layer_{layer}"]["mixer"], teacher.config, normed_BTD, context
             )
-            got = mixers.lightning.forward(mixer_params[f"layer_{layer}"], student.config, normed_BTD, context)
-            squared_BT = jnp.mean(jnp.square((got - wanted).astype(jnp.float32)), axis=-1)
             # The context's ids, because layers may see the tokens in another order than the batch's.
             weights_BT = (context.segment_ids_BT >= 0).astype(jnp.float32)
-            errors.append(jnp.sum(squared_BT * weights_BT))
+
+            def error(own):
+                got = mixers.lightning.forward(own, student.config, normed_BTD, context)
+                squared_BT = jnp.mean(jnp.square((got - wanted).astype(jnp.float32)), axis=-1)
+                return jnp.sum(squared_BT * weights_BT)
+
+            own = mixer_params[f"layer_{layer}"]
+            value, gradient = jax.lax.stop_gradient(jax.value_and_grad(error)(jax.lax.stop_gradient(own)))
+            # Without the barrier the compiler puts all gradients last and holds what all layers need for theirs.
+            output, value, gradient = jax.lax.optimization_barrier((wanted, value, gradient))
+            errors.append(_with_gradient(value, gradient, own))
             counts.append(jnp.sum(weights_BT))
-            return wanted
+            return output
 
         stack.forward(
             teacher_params,
@@ -51,6 +61,23 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
         return jnp.mean(per_layer), metrics
 
     return loss
+
+
+@jax.custom_vjp
+def _with_gradient(value: jax.Array, gradient: Any, params: Any) -> jax.Array:
+    """`value`, whose gradient in `params` is known to be `gradient` (the same tree)."""
+    return value
+
+
+def _forward(value: jax.Array, gradient: Any, params: Any) -> tuple[jax.Array, Any]:
+    return value, gradient
+
+
+def _backward(gradient: Any, cotangent: jax.Array) -> tuple[None, None, Any]:
+    return None, None, jax.tree.map(lambda leaf: (cotangent * leaf).astype(leaf.dtype), gradient)
+
+
+_with_gradient.defvjp(_forward, _backward)
 
 
 def mixers_of(params: dict, num_layers: int) -> dict:

@@ -58,6 +58,11 @@ def write_conversion(directory):
     return directory / "config.py"
 
 
+def check_one_layer_of_alignment(record, tokens):
+    """Stage 1 holds what one layer's gradient is made from, about 25 arrays of `tokens` hidden states, not four's."""
+    assert record["temporary_bytes"] < 32 * tokens * D * 2
+
+
 def write_pretraining(directory):
     """A config for training two layers over bytes from scratch; its path."""
     (directory / "pretraining.py").write_text(PRETRAINING)

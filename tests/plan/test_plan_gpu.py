@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from absent_machines import D, V, layer_matrices, run, write_conversion, write_pretraining
+from absent_machines import D, V, check_one_layer_of_alignment, layer_matrices, run, write_conversion, write_pretraining
 
 from hypenet_jax.config import load_config
 from hypenet_jax.errors import HypenetError
@@ -63,6 +63,17 @@ def test_four_layers_of_distillation_on_h100x8(tmp_path):
     )
     least, most = record["step_seconds"]
     assert 0 < least < most and record["chip_hours"][0] > 0
+
+
+@compiled
+def test_alignment_holds_one_layer_at_a_time(tmp_path):
+    file = tmp_path / "plan.json"
+    done = run(
+        "--config", str(write_conversion(tmp_path)), "--topology", "h100x8", "--stages", "align", "--json", str(file)
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    [record] = json.loads(file.read_text())
+    check_one_layer_of_alignment(record, 32 * 2048 // 8)
 
 
 @compiled

@@ -8,7 +8,16 @@ import sys
 
 import jax
 import pytest
-from absent_machines import ROOT, D, V, layer_matrices, run, write_conversion, write_pretraining
+from absent_machines import (
+    ROOT,
+    D,
+    V,
+    check_one_layer_of_alignment,
+    layer_matrices,
+    run,
+    write_conversion,
+    write_pretraining,
+)
 
 from hypenet_jax.config import load_config
 from hypenet_jax.hub.published import config_of
@@ -67,6 +76,14 @@ def test_four_layers_of_distillation_on_v5e_16(config_file, tmp_path):
     known = (4 + 2 + 2 + 4 + 4) * V * D + 2 * 512 * V * 4 + 2048 * V * 2
     assert record["temporary_bytes"] < known + 96 * 2**20
     assert record["tokens_per_second"][0] > 0 and record["chip_hours"][0] > 0
+
+
+def test_alignment_holds_one_layer_at_a_time(config_file, tmp_path):
+    file = tmp_path / "plan.json"
+    done = run("--config", str(config_file), "--topology", "v5e-16", "--stages", "align", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    [record] = json.loads(file.read_text())
+    check_one_layer_of_alignment(record, 32 * 2048 // 16)
 
 
 def test_what_does_not_fit_is_said_with_what_to_change(config_file):
