@@ -38,13 +38,10 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
                 squared_BT = jnp.mean(jnp.square((got - wanted).astype(jnp.float32)), axis=-1)
                 return jnp.sum(squared_BT * weights_BT)
 
-            own = mixer_params[f"layer_{layer}"]
-            value, gradient = jax.lax.stop_gradient(jax.value_and_grad(error)(jax.lax.stop_gradient(own)))
-            # Without the barrier the compiler puts all gradients last and holds what all layers need for theirs.
-            output, value, gradient = jax.lax.optimization_barrier((wanted, value, gradient))
-            errors.append(_with_gradient(value, gradient, own))
+            value, output = _at_once(error)(mixer_params[f"layer_{layer}"], wanted)
+            errors.append(value)
             counts.append(jnp.sum(weights_BT))
-            return output
+            return jax.lax.stop_gradient(output)
 
         stack.forward(
             teacher_params,
@@ -63,21 +60,26 @@ def alignment_loss(teacher: LanguageModel, student: LanguageModel) -> Callable:
     return loss
 
 
-@jax.custom_vjp
-def _with_gradient(value: jax.Array, gradient: Any, params: Any) -> jax.Array:
-    """`value`, whose gradient in `params` is known to be `gradient` (the same tree)."""
-    return value
+def _at_once(error: Callable) -> Callable:
+    """(params, stream) -> (error(params), stream); differentiated, the gradient is made before the stream goes on.
 
+    Without the barrier the compiler puts the gradients of all layers last and holds what all of them are made from.
+    """
 
-def _forward(value: jax.Array, gradient: Any, params: Any) -> tuple[jax.Array, Any]:
-    return value, gradient
+    @jax.custom_vjp
+    def both(params: Any, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return error(params), stream
 
+    def forward(params: Any, stream: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        value, gradient = jax.value_and_grad(error)(params)
+        value, gradient, stream = jax.lax.optimization_barrier((value, gradient, stream))
+        return (value, stream), gradient
 
-def _backward(gradient: Any, cotangent: jax.Array) -> tuple[None, None, Any]:
-    return None, None, jax.tree.map(lambda leaf: (cotangent * leaf).astype(leaf.dtype), gradient)
+    def backward(gradient: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(lambda leaf: (cotangents[0] * leaf).astype(leaf.dtype), gradient), None
 
-
-_with_gradient.defvjp(_forward, _backward)
+    both.defvjp(forward, backward)
+    return both
 
 
 def mixers_of(params: dict, num_layers: int) -> dict:
