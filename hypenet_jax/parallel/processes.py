@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -131,6 +132,9 @@ def place(array: Any, sharding: Sharding, may_alias: bool | None = None) -> jax.
     """
     on_devices = isinstance(array, jax.Array) and not array.is_fully_addressable
     if on_devices or sharding.is_fully_addressable:
+        if may_alias is False and isinstance(array, jax.Array) and array.sharding != sharding:
+            # Where one device's part is the whole array, device_put takes its buffer all the same.
+            array = jnp.copy(array)
         return jax.device_put(array, sharding, may_alias=may_alias)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

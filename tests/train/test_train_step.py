@@ -45,6 +45,17 @@ def test_a_microbatch_without_items_changes_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-7), whole, split)
 
 
+@pytest.mark.parametrize("axes", [{"data": 8}, {"seq": 8}, {"dcn": 2, "data": 4}])
+def test_the_arrays_that_a_training_starts_from_outlive_it(axes):
+    """Where every device holds the whole, the first could share the caller's buffer, which the update gives away."""
+    mesh, stage, params = make_mesh(axes), make_stage(), jax.tree.map(jnp.array, init_params())
+    abstract = abstract_state(params, stage, param_shardings(AXES, params, mesh), mesh)
+    for _ in range(2):
+        state = create_state(params, stage, abstract)
+        jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state["params"])
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_the_state_is_created_where_it_lives(decay):
     mesh, stage = make_mesh({"fsdp": 4, "tensor": 2}), make_stage(weight_decay=decay)
