@@ -27,7 +27,7 @@ from hypenet_jax.halo.run import Run, start_student, student_of, transferred
 from hypenet_jax.halo.studies import STUDIES, Study, Variant, check, stage_of, steps_of
 from hypenet_jax.halo.workdir import made_by, read_json, timed, write_json
 from hypenet_jax.model import LanguageModel
-from hypenet_jax.parallel.processes import first
+from hypenet_jax.parallel.processes import first, own_rows
 from hypenet_jax.parallel.rules import batch_sharding, param_shardings, replicated, rules_of
 from hypenet_jax.train.loop import place_batch
 from hypenet_jax.train.losses import distill_loss, lm_loss
@@ -111,7 +111,8 @@ def _settings(bench: Bench, study: Study, variant: Variant, number: int) -> dict
         if steps
     }
     ablate, evaluate = config.ablate, config.evaluate
-    needles = [ablate.needle_task, ablate.needle_lengths, evaluate.samples, evaluate.depths, evaluate.answer]
+    asked = ("samples", "depths", "essays", "answer", "answer_budget", "alternatives")
+    needles = [ablate.needle_task, ablate.needle_lengths, *(getattr(evaluate, name) for name in asked)]
     return {
         "variant": dataclasses.asdict(dataclasses.replace(variant, label="", against=None)),
         "seed": config.seed + number,
@@ -260,19 +261,20 @@ class Bench:
         return {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
 
     def _heldout(self, stage: StageConfig) -> list[dict]:
-        """Batches of the first held-out rows; the last is filled up with padding."""
+        """This process's rows of batches of the first held-out rows; the last is filled up with padding."""
         size = (stage.batch_size, stage.seq_len)
         if size not in self._rows:
             batch, length = size
             heldout = self.run.heldout
             rows = max(1, min(self.run.config.ablate.heldout_rows, len(heldout) // length))
             self._rows[size] = []
+            own = own_rows(batch_sharding(self.run.mesh), batch, length)
             for low in range(0, rows, batch):
                 starts = np.minimum(np.arange(low, low + batch), rows - 1).astype(np.int64) * length
                 made = batch_of(*heldout.rows(starts, length + 1))
                 extra = np.arange(low, low + batch) >= rows
                 made["segment_ids"][extra], made["loss_mask"][extra] = -1, False
-                self._rows[size].append(made)
+                self._rows[size].append({name: array[own] for name, array in made.items()})
         return self._rows[size]
 
     def _needles(self, params: dict) -> list[dict]:

@@ -1,6 +1,7 @@
 """`hypenet convert` and `pretrain` as several processes: the numbers of one, everything written once."""
 
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_two_processes_convert_as_one(finished, convert_config, tmp_path, stage_
         assert got[name]["perplexity"] == pytest.approx(model["perplexity"], rel=1e-5)
     assert read_json(tmp_path / "run" / "run.json")["processes"] == 2
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_two_processes_ablate_as_one(finished, convert_config, tmp_path):
+    sizes = {"seeds": 2, "distill_steps": 2, "measure_every": 1, "heldout_rows": 3}
+    flags = ["--study", "documents", *(word for k, v in sizes.items() for word in ("--set", f"ablate.{k}={v}"))]
+    curves = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        shutil.copytree(finished, directory)
+        hypenet("ablate", convert_config, directory, processes, *flags)
+        cells = sorted((directory / "studies" / "documents" / "cells").iterdir())
+        curves.append([point[key] for cell in cells for point in read_json(cell)["distill"] for key in ("kl", "nll")])
+    assert len(curves[0]) == 2 * 2 * 3 * 2
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
 
 
 PRETRAIN = """
