@@ -30,10 +30,13 @@ def gather(workdir: str | os.PathLike) -> dict[str, Any]:
     """
     directory = pathlib.Path(workdir)
     config = read_object(directory / "config.json") or {}
+    settings = {name: config.get(name) for name in ("evaluate", "fit_scale")}
     lines = []
     for place, variant in enumerate(config.get("variants") or ()):
         files = [directory / "results" / f"{variant['name']}-seed{seed}.json" for seed in config["seeds"]]
-        results = [result for file in files if (result := read_object(file)) is not None]
+        found = [result for file in files if (result := read_object(file)) is not None]
+        # Not those of another variant of this name, or measured otherwise: they do not compare.
+        results = [r for r in found if r["variant"] == variant and r.get("settings", settings) == settings]
         if results:
             lines.append(_line(variant, results) | {"place": place})
     if not lines:

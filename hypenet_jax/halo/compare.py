@@ -126,7 +126,9 @@ def _trained(
             loss_fn=loss,
             params=jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed)),
             frozen=choice(model.config),
-            batches=corpus.stage_batches(text, config.train, 0, seed, config.data.workers, mesh),
+            batches=corpus.stage_batches(
+                text, config.train, 0, seed, config.data.workers, mesh, joined=config.data.documents == "joined"
+            ),
             stage=config.train,
             directory=path / RUNS / name,
             mesh=mesh,

@@ -31,7 +31,7 @@ from hypenet_jax.parallel.processes import first
 from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.checkpoint import DIRECTORY as CHECKPOINTS
 from hypenet_jax.train.loop import check_rows, train
-from hypenet_jax.train.stage import StageConfig
+from hypenet_jax.train.stage import FREE_FIELDS, StageConfig
 from hypenet_jax.train.step import abstract_state, make_step
 
 SELECTION = "selection"
@@ -96,7 +96,7 @@ def evaluation_of(run: Run) -> EvaluateConfig:
         samples=settings.samples or given.samples,
         perplexity_length=settings.perplexity_length or given.perplexity_length,
         answer="forced",
-        prefill_chunk=max(lengths),
+        prefill_chunk=max(lengths, default=given.prefill_chunk),
         prompts=(),
     )
 
@@ -127,7 +127,12 @@ def _settings(run: Run) -> dict[str, Any]:
 def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     path = directory / "settings.json"
     if path.is_file():
-        free = ("select.method", "distill.checkpoint_every", "distill.log_every", "distill.token_chunk")
+        unused = ("new_tokens", "batch_tokens", "scale_lengths", "scale_grid", "chat")
+        free = (
+            "select.method",
+            *(f"distill.{field}" for field in FREE_FIELDS),
+            *(f"evaluate.{field}" for field in unused),
+        )
         changed = differences(read_json(path), settings, free)
         if changed:
             raise HypenetError(f"{directory} holds a comparison of other settings: {changed[0]}; move it away")
@@ -249,7 +254,8 @@ class _Students:
         run, name = self._run, _name(layers)
         flags_L = np.isin(np.arange(self._num_layers), layers)
         start = corpus.stage_tokens(run.config.align)
-        batches = corpus.stage_batches(run.text, self._stage, start, run.config.seed, run.config.data.workers, run.mesh)
+        joined, workers = run.config.data.documents == "joined", run.config.data.workers
+        batches = corpus.stage_batches(run.text, self._stage, start, run.config.seed, workers, run.mesh, joined=joined)
         with timed(self._directory.parent, f"student {name}"):
             trained, summary = train(
                 name=f"student {name}",

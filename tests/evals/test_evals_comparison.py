@@ -98,10 +98,20 @@ def test_a_comparison_under_way_shows_what_there_is(workdir):
         write_report(workdir)
 
 
+def test_results_of_another_definition_of_a_name_are_left_out(workdir):
+    config = json.loads((workdir / "config.json").read_text())
+    config["variants"][1]["position"] = "rope"
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert [line["place"] for line in comparison.gather(workdir)["lines"]] == [0, 2]
+
+
 def test_variants_of_one_kind_go_by_their_names(workdir):
     config = json.loads((workdir / "config.json").read_text())
     config["variants"][1]["scaling"] = "fit"
     (workdir / "config.json").write_text(json.dumps(config))
+    for seed in (0, 1):
+        file = workdir / "results" / f"plain-seed{seed}.json"
+        file.write_text(json.dumps(result(config["variants"][1], seed, 3 - seed, 1.0)))
     labels = [line["label"] for line in comparison.gather(workdir)["lines"]]
     assert labels == ["hypenet", "plain", "Transformer, RoPE"]
 
