@@ -183,7 +183,7 @@ def _jsonl_text(file: pathlib.Path, number: int, line: bytes) -> str | Conversat
     where = f"line {number} of source file {str(file)!r}"
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
         raise HypenetError(f"{where} is broken json ({error}); mend or remove it") from error
     if isinstance(row, dict) and "messages" in row:
         if "text" in row:

@@ -73,7 +73,7 @@ def widened(grid: Sequence[float], loss: Callable[[float], float]) -> tuple[list
     A student that was finetuned at the fit's own length needs little scaling: its best a lies far beyond the grid that
     serves one that was not. It ends at WIDEST.
     """
-    grid = sorted(float(a) for a in grid)
+    grid = sorted({float(a) for a in grid})
     losses = [loss(a) for a in grid]
     while losses[-1] < min(losses[:-1]) and 2 * grid[-1] <= WIDEST[1]:
         grid.append(2 * grid[-1])

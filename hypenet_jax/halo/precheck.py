@@ -78,7 +78,8 @@ def check_evaluation(
         _, essays = corpus.measured_text(settings, heldout, tokenizer)
         suite.prompt_ids(tokenizer, settings.prompts, settings.chat)
         for task in settings.tasks:
-            suite.needle_samples(tokenizer, settings, task, min(settings.lengths), essays, seed)
+            shortest = min((*settings.lengths, *settings.scale_lengths))
+            suite.needle_samples(tokenizer, settings, task, shortest, essays, seed)
 
 
 def measures(config: ConvertConfig) -> bool:

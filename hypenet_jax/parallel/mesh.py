@@ -22,14 +22,19 @@ AXES = ("data", "fsdp", "seq", "tensor")
 SLICES = "dcn"
 
 
-def _sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
-    """The size of each of AXES; -1 on one axis takes the devices that the others leave."""
-    axes = {"fsdp": -1} if axes is None else dict(axes)
+def check_axes(axes: Mapping[str, int]) -> None:
+    """Raise HypenetError for an unknown axis, or a size that none can have."""
     for name, size in axes.items():
         if name not in (SLICES, *AXES):
             raise HypenetError(f"mesh axis {name!r} is unknown; the axes are {', '.join((SLICES, *AXES))}")
         if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
             raise HypenetError(f"mesh axis {name!r} has size {size!r}; it must be a positive integer, or -1 (the rest)")
+
+
+def _sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
+    """The size of each of AXES; -1 on one axis takes the devices that the others leave."""
+    axes = {"fsdp": -1} if axes is None else dict(axes)
+    check_axes(axes)
     sizes = {name: axes.get(name, 1) for name in (SLICES, *AXES) if name != SLICES or SLICES in axes}
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)

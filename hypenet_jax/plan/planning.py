@@ -17,7 +17,7 @@ from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
 from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
-from hypenet_jax.parallel.mesh import SLICES, make_mesh
+from hypenet_jax.parallel.mesh import SLICES, check_axes, make_mesh
 from hypenet_jax.parallel.presets import MOST_FSDP, PRESETS, spread
 from hypenet_jax.plan.compile import QUICK, Compiled, compile_work, held
 from hypenet_jax.plan.machines import (
@@ -207,6 +207,7 @@ def parsed_mesh(text: str) -> dict[str, int]:
 
 def _default_mesh(config: ConvertConfig | PretrainConfig, one: Machine) -> dict[str, int]:
     """The config's mesh where it can multiply to the machine's chips, else one for the machine."""
+    check_axes(config.mesh)
     known = math.prod(size for size in config.mesh.values() if size != -1)
     rest = -1 in config.mesh.values()
     if config.mesh and (one.chips % known == 0 if rest else one.chips == known):

@@ -154,7 +154,8 @@ def _inference(name: str, model: LanguageModel, evaluate: EvaluateConfig, last: 
     """A step onto a cache as long as the longest needle test, or the rows of the last stage of training; one row for
     each group of devices that shares rows."""
     rows = math.prod(mesh.shape[axis] for axis in row_axes(mesh))
-    length = max((*evaluate.lengths, last.seq_len))
+    shards = mesh.shape["seq"]
+    length = -(-max((*evaluate.lengths, last.seq_len)) // shards) * shards
     width = min(PREFILL_CHUNK, length) if name == "prefill" else 1
     weights = _weights(model, mesh)
     cache = _cache(model, rows, length, mesh)

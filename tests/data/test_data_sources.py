@@ -55,6 +55,8 @@ def test_single_files(tmp_path):
         ("a.bin", b"abc", "no known kind"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "^line 2 of .* is broken json"),
         ("a.jsonl", b"\xff\xfe\n", "^line 1 of .* is broken json"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "^line 1 of .* is broken json"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "^line 1 of .* is broken json"),
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}', "^line 3 of .* field 'text'"),
         ("a.jsonl", b"[1]", "^line 1 of .* field 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}', "^line 1 of .* surrogate"),

@@ -94,3 +94,9 @@ def test_a_parabola_gives_its_own_vertex(grid, center, curvature):
         assert found == grid[best]
     else:
         assert math.log(found) == pytest.approx(center, abs=1e-4)
+
+
+def test_a_value_given_twice_is_tried_once():
+    grid, losses = widened((5000.0, 20.0, 5000.0, 100.0), lambda a: (np.log(a) - np.log(9000.0)) ** 2)
+    assert grid == [20.0, 100.0, 5000.0, 10_000.0, 20_000.0]
+    assert vertex(grid, losses) == pytest.approx(9000.0)

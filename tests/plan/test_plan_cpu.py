@@ -93,6 +93,8 @@ def test_weights_travel_one_by_one_and_gradients_return_divided(config_file):
         (["--topology", "cpu8", "--json", "/proc/no/plan.json"], "/proc/no cannot be a directory.*another place"),
         (["--topology", "cpu8", "--json", "/"], "/ is a directory; name a file"),
         (["--topology", "v5p-3"], "topology 'v5p-3' is no machine"),
+        (["--topology", "cpu8", "--set", "mesh.fsdp=0"], "mesh axis 'fsdp' has size 0"),
+        (["--topology", "cpu8", "--set", "mesh.foo=3"], "mesh axis 'foo' is unknown"),
         (["--topology", "cpu8", "--mesh", "fsdp=3"], "fsdp=3 x seq=1 x tensor=1 does not multiply to the 8 devices"),
         (["--topology", "cpu8", "--mesh", "fsdp"], "mesh 'fsdp' is not of the form axis=size"),
         (
