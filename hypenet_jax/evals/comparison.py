@@ -34,9 +34,7 @@ def gather(workdir: str | os.PathLike) -> dict[str, Any]:
     lines = []
     for place, variant in enumerate(config.get("variants") or ()):
         files = [directory / "results" / f"{variant['name']}-seed{seed}.json" for seed in config["seeds"]]
-        found = [result for file in files if (result := read_object(file)) is not None]
-        # Not those of another variant of this name, or measured otherwise: they do not compare.
-        results = [r for r in found if r["variant"] == variant and r.get("settings", settings) == settings]
+        results = [r for file in files if (r := read_object(file)) is not None and is_of(r, variant, settings)]
         if results:
             lines.append(_line(variant, results) | {"place": place})
     if not lines:
@@ -60,6 +58,14 @@ def gather(workdir: str | os.PathLike) -> dict[str, Any]:
             "run": read_object(directory / "run.json"),
         }
     )
+
+
+def is_of(result: dict[str, Any], variant: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a result is this variant's, measured with these settings, both as JSON gives them; others do not compare.
+
+    settings: {"evaluate", "fit_scale"} of the config.
+    """
+    return result.get("variant") == variant and result.get("settings") == settings
 
 
 def label(variant: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from hypenet_jax.evals import niah, perplexity, suite
+from hypenet_jax.evals.comparison import is_of
 from hypenet_jax.evals.niah_samples import NiahSample
 from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo import corpus, workdir
@@ -212,8 +213,7 @@ def _measured(file: pathlib.Path, variant: VariantConfig, config: ComparisonConf
     if not file.is_file():
         return False
     wanted = json.loads(json.dumps({"variant": dataclasses.asdict(variant), "settings": _settings(config)}))
-    found = read_json(file)
-    return all(found.get(key) == value for key, value in wanted.items())
+    return is_of(read_json(file), **wanted)
 
 
 def _line(variant: VariantConfig, seed: int, rows: list[dict]) -> str:

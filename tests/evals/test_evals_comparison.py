@@ -17,12 +17,15 @@ VARIANTS = [
     {"name": "transformer", "hybrid": False, "position": "rope", "scaling": "none", "constant": 1.5},
 ]
 
+SETTINGS = {"evaluate": {"samples": 8}, "fit_scale": {"length": 1024}}
+
 
 def result(variant, seed, right, nll):
     mixers = ["lightning", "attention"] if variant["hybrid"] else ["attention", "attention"]
     scaling = {"kind": "hype", "value": 100.0 + seed} if variant["scaling"] == "fit" else None
     return {
         "variant": variant,
+        "settings": SETTINGS,
         "seed": seed,
         "network": {"mixers": mixers, "logits_scaling": scaling},
         "parameters": 1234,
@@ -50,7 +53,7 @@ def workdir(tmp_path):
     curve = directory / "runs" / "hypenet-seed0" / "metrics.jsonl"
     curve.parent.mkdir(parents=True)
     curve.write_text('{"step": 1, "loss": 5.0, "tokens": 512}\n{"step": 8, "loss": 2.0, "tokens": 4096}\n')
-    config = {"variants": VARIANTS, "seeds": [0, 1], "train": {"seq_len": 512}, "data": {}}
+    config = {"variants": VARIANTS, "seeds": [0, 1], "train": {"seq_len": 512}, "data": {}, **SETTINGS}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
