@@ -18,6 +18,17 @@ from hypenet_jax.evals.intervals import wilson
 STAGES = ("align", "distill", "finetune", "train")
 MODELS = ("teacher", "student", "student_unscaled")
 TASK_ORDER = ("S1", "S2", "S2-like", "S3", "S3-like")
+# What the scores of a way to choose the attention layers are.
+SELECTION_METHODS = {
+    "halo": "recall lost over common sense lost, one layer replaced at a time (HALO)",
+    "jet-nemotron": "recall lost, one layer replaced at a time",
+    "kl-ls": "KL to the teacher, one layer replaced at a time",
+    "kl-ls-restored": "KL to the teacher, one layer's attention put back into the all-Lightning model; nothing trained",
+    "gate-search": "both mixers in every layer, a learned gate between them, all layers at once",
+    "evenly": "every n-th layer; nothing measured",
+    "latter-half": "evenly in the latter half; nothing measured",
+    "none": "no attention at all",
+}
 
 # The needles that `evaluate` asks for every a of a grid.
 SCALE_NEEDLES = "scale_needles.json"

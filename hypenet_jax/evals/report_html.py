@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from hypenet_jax.evals import report_needles, report_plots
-from hypenet_jax.evals.report import MODELS, STAGES, ordered
+from hypenet_jax.evals.report import MODELS, SELECTION_METHODS, STAGES, ordered
 from hypenet_jax.evals.report_axes import short, short_length
 from hypenet_jax.evals.report_parts import beside, card, clock, document, drawn, missing, provenance, section, table
 from hypenet_jax.evals.report_style import ATTENTION, LIGHTNING, model_colours, model_name
@@ -188,10 +188,11 @@ def _selection(found: dict[str, Any]) -> str:
     drawing = report_plots.layer_scores(select)
     if drawing is None:
         return section("Layer selection", f'<p class="about">{about} This choice needed no scores.</p>')
-    caption = (
-        "Score of every layer (dark: chosen to keep attention; a number above a bar: cut off), and accuracy of the "
-        "teacher with that layer alone replaced. Dashed: the unchanged teacher."
-    )
+    meaning = SELECTION_METHODS.get(select.get("method"))
+    caption = f"Score of every layer{f': {meaning}' if meaning else ''} "
+    caption += "(dark: chosen to keep attention; a number above a bar: cut off)."
+    if select.get("recall") or select.get("csr"):
+        caption += " Below: accuracy of the teacher with that layer alone replaced. Dashed: the unchanged teacher."
     return section("Layer selection", f'<p class="about">{about}</p>', drawn(drawing, caption))
 
 

@@ -66,7 +66,7 @@ def layer_scores(select: dict[str, Any]) -> str | None:
             _score_bars(rows[0], scores, set(select.get("layers") or ()))
         if probes:
             _probe_dots(rows[-1], select, probes)
-        rows[-1].set_xlabel("layer whose attention is replaced")
+        rows[-1].set_xlabel("layer")
         length = len(scores or select[probes[0][0]])
         rows[-1].set_xticks(range(length))
         rows[-1].set_xlim(-0.7, length - 0.3)

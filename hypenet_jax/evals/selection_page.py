@@ -7,20 +7,9 @@ from html import escape
 from typing import Any
 
 from hypenet_jax.evals import selection_plots
-from hypenet_jax.evals.report import TASK_ORDER, ordered
+from hypenet_jax.evals.report import SELECTION_METHODS, TASK_ORDER, ordered
 from hypenet_jax.evals.report_axes import short, short_length
 from hypenet_jax.evals.report_parts import document, drawn, provenance, section, table
-
-_ABOUT = {
-    "halo": "recall lost over common sense lost, one layer replaced at a time (HALO)",
-    "jet-nemotron": "recall lost, one layer replaced at a time",
-    "kl-ls": "KL to the teacher, one layer replaced at a time",
-    "kl-ls-restored": "KL to the teacher, one layer's attention put back into the all-Lightning model; nothing trained",
-    "gate-search": "both mixers in every layer, a learned gate between them, all layers at once",
-    "evenly": "every n-th layer; nothing measured",
-    "latter-half": "evenly in the latter half; nothing measured",
-    "none": "no attention at all",
-}
 
 
 def page(found: dict[str, Any], mark: str) -> str:
@@ -48,7 +37,7 @@ def _layers(found: dict[str, Any]) -> str:
     for method in found["methods"]:
         chosen = "; ".join(dict.fromkeys(", ".join(map(str, layers)) or "none" for layers in method["layers"]))
         same = "–" if method["overlap"] is None else f"{method['overlap']:.0%}"
-        about = f"<small>{_ABOUT[method['method']]}</small>"
+        about = f"<small>{SELECTION_METHODS[method['method']]}</small>"
         rows.append(
             [f"<b>{method['method']}</b>{about}", chosen, same, short(method["tokens"]), f"{method['seconds']:.1f}"]
         )

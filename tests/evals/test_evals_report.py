@@ -199,6 +199,17 @@ def test_layers_given_by_hand_need_no_scores(workdir):
     assert "needed no scores" in text and "layer scores" not in figures(text)
 
 
+def test_the_caption_of_the_scores_says_what_they_are(workdir):
+    text = check_page(report.write_report(workdir))
+    assert "common sense lost" in text and "with that layer alone replaced" in text
+    write(workdir, "select.json", {"method": "gate-search", "layers": [1], "scores": [-2.0, 3.0, -1.0, 0.5]})
+    text = check_page(report.write_report(workdir))
+    assert "a learned gate between them" in text and "alone replaced" not in text
+    # A table of scores made elsewhere may name a method that is not ours.
+    write(workdir, "select.json", {"method": "theirs", "layers": [1], "scores": [-2.0, 3.0, -1.0, 0.5]})
+    assert "Score of every layer (dark" in check_page(report.write_report(workdir))
+
+
 def test_training_from_scratch_has_a_report(tmp_path):
     sizes = {"num_layers": 4, "hidden_size": 32, "attention_layers": [1, 3]}
     write(tmp_path, "config.json", {"model": sizes, "train": {"steps": 9}})
