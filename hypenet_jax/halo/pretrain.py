@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 
@@ -102,9 +103,9 @@ def _start(model: LanguageModel, config: PretrainConfig, shardings) -> dict:
     if config.start_from is None:
         return fresh
     other, params = hub.load(config.start_from)
-    ours = dataclasses.replace(model.config, bos_id=None, eos_ids=(), pad_id=None, max_position=0)
-    theirs = dataclasses.replace(other.config, bos_id=None, eos_ids=(), pad_id=None, max_position=0)
-    if ours != theirs:
+    # What is no part of training: a stage's checkpoint is without the scaling that its export has.
+    apart: dict[str, Any] = {"bos_id": None, "eos_ids": (), "pad_id": None, "max_position": 0, "logits_scaling": None}
+    if dataclasses.replace(model.config, **apart) != dataclasses.replace(other.config, **apart):
         raise HypenetError(f"start_from {config.start_from} is another network than `model`; give one of its sizes")
     params, share = jax.tree.map(place, params, shardings), config.start_share
 
