@@ -155,6 +155,16 @@ def test_a_refusal_comes_before_the_first_step(program, tmp_path, capsys):
     assert run(program, tmp_path / "run", "train.steps=2", "evaluate.tasks=[]", "evaluate.prompts=[]") == 0
 
 
+def test_a_model_to_start_from_is_looked_at_first(program, tmp_path, byte_teacher, capsys):
+    for start, words in (
+        ("nowhere", "there is no model at nowhere"),
+        (byte_teacher, "is another network than `model`"),
+    ):
+        assert run(program, tmp_path / "run", f"start_from={start}") == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
 def test_the_other_kind_of_config(program, convert_config, tmp_path, capsys):
     assert main(["convert", "--config", str(program), "--workdir", str(tmp_path / "a")]) == 2
     assert (
