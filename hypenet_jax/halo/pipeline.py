@@ -82,7 +82,7 @@ def select_layers(run: Run) -> tuple[int, ...]:
         else:
             method = config.select.method
             if config.select.scores is not None:
-                scores = select.read_scores(config.select.scores)
+                scores = select.read_scores(config.select.scores, num_layers)
             elif method in select.NEEDS:
                 scores = _scores(run, method)
             layers = select.choose(scores, num_layers, method, config.select.keep)

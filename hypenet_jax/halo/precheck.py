@@ -37,7 +37,7 @@ def check_plan(config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> None:
     with section("select"):
         settings, num_layers = config.select, teacher.num_layers
         if config.student.attention_layers is None and settings.scores is not None:
-            select.choose(select.read_scores(settings.scores), num_layers, settings.method, settings.keep)
+            select.choose(select.read_scores(settings.scores, num_layers), num_layers, settings.method, settings.keep)
         elif config.student.attention_layers is None and settings.method not in select.NEEDS:
             select.choose({}, num_layers, settings.method, settings.keep)
         else:
