@@ -96,7 +96,7 @@ def train(
         first, saved = checkpoints.latest_step() or 0, {}
         if first:
             saved = checkpoints.about(first)
-            _check_same_run(saved, stage, model_info, checkpoints.directory)
+            check_same_run(saved, stage, model_info, checkpoints.directory)
         if first >= stage.steps:
             done = checkpoints.restore(first, {"params": abstract["params"]})
             return done["params"], {"name": name, "resumed_from": first, **saved["metrics"]}
@@ -164,7 +164,8 @@ def check_rows(stage: StageConfig, mesh: Mesh) -> None:
         )
 
 
-def _check_same_run(saved: dict[str, Any], stage: StageConfig, model_info: dict[str, Any], where: str) -> None:
+def check_same_run(saved: dict[str, Any], stage: StageConfig, model_info: dict[str, Any], where: str) -> None:
+    """Raise HypenetError unless the checkpoint that says `saved` of itself is of this stage and this model."""
     check_resumable(saved["stage"], stage, where)
     wanted = json.loads(json.dumps(model_info))
     for field in sorted(saved["model"].keys() | wanted.keys()):

@@ -99,7 +99,11 @@ def test_a_stopped_comparison_goes_on_and_is_reported(program, tmp_path, content
     assert "step 3/3" not in capsys.readouterr().err
     found = json.loads((directory / "report" / "report.json").read_text())
     assert [row["total"] for row in found["lines"][2]["accuracy"]] == [3, 3]
+    # What is refused leaves the directory as it was, its config too.
+    before = contents(directory)
     for setting, words in (
+        ("model.rope_theta=500.0", "model.rope_theta was"),
+        ('variants=[{"name":"nope","position":"rope"}]', "the model has attention_rope = True but the checkpoints in"),
         ("evaluate.lengths=[128]", "in config section 'evaluate': length 128 is too short"),
         ("evaluate.perplexity_length=5000", "needs a held-out document of 5001 tokens"),
         ("fit_scale.length=5000", "in config section 'fit_scale': a length of 5000"),
@@ -108,6 +112,7 @@ def test_a_stopped_comparison_goes_on_and_is_reported(program, tmp_path, content
         assert words in capsys.readouterr().err
     assert run(program, directory, "train.steps=4") == 2
     assert "belongs to another run: train.steps was 3 and is 4" in capsys.readouterr().err
+    assert contents(directory) == before
 
 
 def weights(model: LanguageModel) -> dict:
