@@ -234,8 +234,8 @@ class CompareConfig:
             if not values or len(set(values)) < len(values):
                 raise HypenetError(f"compare.{name} is {values}; name at least one, and each once")
         check_each_once("compare", self, "tasks", "lengths")
-        if min(self.seeds) < 0:
-            raise HypenetError(f"compare.seeds is {self.seeds}; each must be at least 0")
+        if not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
+            raise HypenetError(f"compare.seeds is {self.seeds}; each must be at least 0 and below 2**32")
         given = ("batch_size", "samples", "perplexity_length")
         check_positive("compare", self, "steps", *(name for name in given if getattr(self, name) is not None))
 

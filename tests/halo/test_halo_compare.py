@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,8 @@ GOOD = {
         ({"variants": (VariantConfig("a"), VariantConfig("a"))}, "each a name of its own"),
         ({"seeds": ()}, "seeds are"),
         ({"seeds": (0, 0)}, "seeds are"),
+        ({"seeds": (0, 2**32)}, "seeds are .* below 2\\*\\*32"),
+        ({"row_lengths": (640, 0)}, "row_lengths are .*; each must be at least 1"),
         ({"model": dataclasses.replace(GOOD["model"], attention_layers=None)}, "model.attention_layers is not given"),
         ({"model": dataclasses.replace(GOOD["model"], position="nope")}, "model.position is 'nope'; set it in the"),
         ({"model": dataclasses.replace(GOOD["model"], logits_scaling=50.0)}, "model.logits_scaling is 50.0"),
@@ -215,6 +218,10 @@ def test_comparisons_that_cannot_be(changes, words):
         ({"hybrid": False}, "is no hybrid but its position is 'hype'"),
         ({"name": "a/b"}, "usable as the name of a directory"),
         ({"name": ""}, "usable as the name of a directory"),
+        ({"name": "a\0b"}, "usable as the name of a directory"),
+        ({"scaling": "constant", "constant": 0.0}, "variant 'a' has the constant 0; it must be above 0 and finite"),
+        ({"constant": math.nan}, "variant 'a' has the constant nan"),
+        ({"intermediate_size": 0}, "variant 'a' has the intermediate_size 0; it must be at least 1"),
     ],
 )
 def test_variants_that_cannot_be(changes, words):

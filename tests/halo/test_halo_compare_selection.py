@@ -130,6 +130,7 @@ def test_kl_ls_restored_may_join(compared, convert_config, tmp_path, on_one_devi
     [
         (["compare.steps=4"], "comparison of other settings: distill.steps was 3 and is 4"),
         (["compare.seeds=(0,0)"], "each once"),
+        (["compare.seeds=(0,4294967296)"], "compare.seeds is (0, 4294967296); each must be at least 0 and below 2**32"),
         (["compare.methods=('best',)"], "compare.methods is 'best'"),
         (["compare.batch_size=0"], "compare.batch_size is 0"),
         (["compare.lengths=(100,)"], "'compare': length 100 is too short"),
