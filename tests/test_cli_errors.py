@@ -356,10 +356,11 @@ def test_too_few_held_out_documents_for_a_choice(program, tmp_path, refused):
 
 
 def test_a_table_of_scores_of_another_model(program, tmp_path, refused):
-    table = tmp_path / "scores.json"
-    table.write_text(json.dumps({"layers": [{"layer": i, "csr": 0.5, "recall": 0.5} for i in range(3)]}))
+    table, rows = tmp_path / "scores.json", [{"layer": i, "csr": 0.5, "recall": 0.5} for i in range(3)]
+    table.write_text(json.dumps({"layers": rows}))
     flags = ["--workdir", tmp_path / "run", "--set", f"select.scores={table}", "--set"]
-    refused("cover 3 layers but the model has 2", "convert", "--config", program, *flags, "select.method=halo")
+    refused("covers 3 layers but the model has 2", "convert", "--config", program, *flags, "select.method=halo")
+    table.write_text(json.dumps({"layers": rows[:2]}))
     refused("needs the kl score", "convert", "--config", program, *flags, "select.method=kl-ls")
 
 

@@ -25,6 +25,8 @@ from hypenet_jax.errors import HypenetError
 # Batches made ahead of the training step, and the threads that make them.
 _AHEAD = 4
 _THREADS = 2
+# Read at a time where a range is looked through.
+_SCAN_TOKENS = 1 << 16
 
 
 def document_windows(
@@ -158,11 +160,9 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         # Kept hidden states are the teacher itself; the likeliest tokens make another loss.
         if beside is not None and beside.output.form != "hidden":
             self._stream["teacher"] = f"{beside.output.form} of {beside.output.width}"
+        self._reader = _ReadRows(packed, seq_len, start_token, rows, completions, beside, joined)
         self._dataset = (
-            grain.MapDataset.range(steps * batch_size)
-            .shuffle(seed=seed)
-            .batch(batch_size)
-            .map(_ReadRows(packed, seq_len, start_token, rows, completions, beside, joined))
+            grain.MapDataset.range(steps * batch_size).shuffle(seed=seed).batch(batch_size).map(self._reader)
         )
         self._step = 0
         self._running: grain.DatasetIterator | None = None
@@ -179,6 +179,19 @@ class StageBatches(Iterator[dict[str, np.ndarray]]):
         batch = next(self._running)
         self._step += 1
         return batch
+
+    def learns(self) -> bool:
+        """Whether the loss mask holds any token of the whole range; what comes after the first one is not read."""
+        reader = self._reader
+        # After once around the stream nothing new comes.
+        stop = min(self.stop_token, reader.start_token + len(self.packed))
+        for start in range(reader.start_token, stop, _SCAN_TOKENS):
+            tokens, starts, prompts = self.packed.rows_with_prompts(
+                np.array([start]), min(_SCAN_TOKENS, stop - start) + 1
+            )
+            if batch_of(tokens, starts, prompts if reader.completions else None, reader.joined)["loss_mask"].any():
+                return True
+        return False
 
     def get_state(self) -> dict[str, Any]:
         """The position and what identifies the stream, JSON-able; the same in every process."""

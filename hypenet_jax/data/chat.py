@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hypenet_jax.errors import HypenetError
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from hypenet_jax.data.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+# Fields of a row beside its messages that would change what is written, and are not read. Others (id, source) say
+# something about it.
+_SYSTEM_FIELDS = ("system", "system_prompt")
+_TEMPLATE_FIELDS = (
+    "tools", "functions", "tool_choice", "function_call", "parallel_tool_calls", "documents", "chat_template",
+    "chat_template_kwargs", "enable_thinking",
+)  # fmt: skip
 # Templates drop the reasoning of earlier turns (Qwen3); what follows it stays.
 _END_OF_REASONING = "</think>"
 
@@ -43,6 +51,25 @@ class Conversation:
     def text(self) -> str:
         """What was said, without the system's words, which many conversations share."""
         return "\n".join(message.content for message in self.messages if message.role != "system")
+
+
+def parse_row(row: Mapping[str, Any], where: str) -> Conversation:
+    """The row's "messages" as a Conversation, see `parse_messages`; fields that say something about it are left out.
+
+    Raises HypenetError, naming `where` and the field, for a field that would change what is written (tools, a system
+    prompt beside the messages), unless it is null or empty.
+    """
+    for name in (*_SYSTEM_FIELDS, *_TEMPLATE_FIELDS):
+        value = row.get(name)
+        if value is None or value == "" or value == [] or value == {}:
+            continue
+        if name in _SYSTEM_FIELDS:
+            raise HypenetError(f"{where} has the field {name!r}; write it as the first message, with the role system")
+        raise HypenetError(
+            f"{where} has the field {name!r}, which would change how the conversation is written and is not read; "
+            "remove it, or the line"
+        )
+    return parse_messages(row["messages"], where)
 
 
 def parse_messages(value: Any, where: str) -> Conversation:

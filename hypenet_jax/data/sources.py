@@ -16,7 +16,7 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
-from hypenet_jax.data.chat import Conversation, parse_messages
+from hypenet_jax.data.chat import Conversation, parse_row
 from hypenet_jax.data.retrieval import retrieval_documents
 from hypenet_jax.data.stdlib_docs import stdlib_documents
 from hypenet_jax.errors import HypenetError
@@ -188,7 +188,7 @@ def _jsonl_text(file: pathlib.Path, number: int, line: bytes) -> str | Conversat
     if isinstance(row, dict) and "messages" in row:
         if "text" in row:
             raise HypenetError(f"{where} has both 'text' and 'messages'; keep one of them")
-        return parse_messages(row["messages"], where)
+        return parse_row(row, where)
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise HypenetError(f"{where} has no string in the field 'text' and no 'messages'; mend or remove it")

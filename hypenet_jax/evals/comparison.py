@@ -8,11 +8,24 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from hypenet_jax.config import differences
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.intervals import wilson_of_seeds
 from hypenet_jax.evals.report import TASK_ORDER, finite, metrics_records, ordered, read_object
 from hypenet_jax.model.config import POSITIONS
 
+# Settings that ask nothing of a comparison, or only how many rows go at a time.
+_UNREAD = (
+    "prefill_chunk",
+    "row_tokens",
+    "batch_tokens",
+    "prompts",
+    "new_tokens",
+    "chat",
+    "scale_lengths",
+    "scale_grid",
+)
+_FREE = (*(f"evaluate.{name}" for name in _UNREAD), "fit_scale.batch_size")
 _LABELS = {
     "hype": "HypeNet",
     "rope": "Hybrid, all RoPE",
@@ -63,9 +76,20 @@ def gather(workdir: str | os.PathLike) -> dict[str, Any]:
 def is_of(result: dict[str, Any], variant: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a result is this variant's, measured with these settings, both as JSON gives them; others do not compare.
 
-    settings: {"evaluate", "fit_scale"} of the config.
+    settings: {"evaluate", "fit_scale"} of the config. What a comparison does not read of them may differ.
     """
-    return result.get("variant") == variant and result.get("settings") == settings
+    before = result.get("settings")
+    free = _FREE if variant["scaling"] == "fit" else (*_FREE, "fit_scale")
+    return (
+        isinstance(before, dict)
+        and _defined(result.get("variant") or {}) == _defined(variant)
+        and not differences(before, settings, free)
+    )
+
+
+def _defined(variant: dict[str, Any]) -> dict[str, Any]:
+    """A variant without what its scaling does not read."""
+    return {key: variant[key] for key in variant if key != "constant" or variant.get("scaling") == "constant"}
 
 
 def label(variant: dict[str, Any]) -> str:

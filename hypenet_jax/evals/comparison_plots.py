@@ -86,7 +86,8 @@ def training(curves: Mapping[str, Sequence[Mapping[str, Any]]], lines: Sequence[
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots()
         for line, name in sorted(shown, key=lambda one: (one[0]["place"], one[1])):
-            x, y = [r["tokens"] for r in curves[name]], [r["loss"] for r in curves[name]]
+            learned = [record for record in curves[name] if record.get("loss") is not None]
+            x, y = [record["tokens"] for record in learned], [record["loss"] for record in learned]
             axes.plot(x, y, color=colour(line), lw=1.5, label=name)
         axes.xaxis.set_major_formatter(lambda x, _: short(x))
         axes.set_xlabel("tokens read")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypenet_jax.config import to_mapping
+from hypenet_jax.config import differences, to_mapping
 from hypenet_jax.data.batches import batch_of
 from hypenet_jax.evals import studies as statistics
 from hypenet_jax.evals import suite
@@ -23,6 +23,7 @@ from hypenet_jax.evals.report_studies import write_study
 from hypenet_jax.halo import corpus, pipeline
 from hypenet_jax.halo.align import alignment_loss, mixers_of, with_mixers
 from hypenet_jax.halo.distill import EXACT_KL, distillation_loss
+from hypenet_jax.halo.precheck import section
 from hypenet_jax.halo.run import Run, start_student, student_of, transferred
 from hypenet_jax.halo.studies import STUDIES, Study, Variant, check, stage_of, steps_of
 from hypenet_jax.halo.workdir import made_by, read_json, timed, write_json
@@ -32,10 +33,12 @@ from hypenet_jax.parallel.rules import batch_sharding, param_shardings, replicat
 from hypenet_jax.train.loop import place_batch
 from hypenet_jax.train.losses import distill_loss, lm_loss
 from hypenet_jax.train.optim import learning_rate
-from hypenet_jax.train.stage import StageConfig
+from hypenet_jax.train.stage import FREE_FIELDS, StageConfig
 from hypenet_jax.train.step import abstract_state, create_state, update
 
 DIRECTORY, RESULT = "studies", "result.json"
+# What of a cell's stages does not change its numbers.
+_FREE = tuple(f"stages.{stage}.{field}" for stage in ("align", "distill") for field in FREE_FIELDS)
 
 
 def ablate(run: Run, names: Sequence[str]) -> list[pathlib.Path]:
@@ -43,12 +46,29 @@ def ablate(run: Run, names: Sequence[str]) -> list[pathlib.Path]:
 
     The base is made where it is missing: stage 1 and the layer selection of the run's config.
     """
-    for name in names:
-        check(STUDIES[name], run.config)
+    _check(run, names)
     pipeline.align(run)
     pipeline.select_layers(run)
     bench = Bench(run)
     return [_study(bench, STUDIES[name]) for name in names]
+
+
+def _check(run: Run, names: Sequence[str]) -> None:
+    """Raise HypenetError for what could not be done later on: cells, and the needles that finished ones are asked."""
+    for name in names:
+        check(STUDIES[name], run.config)
+    settings = run.config.ablate
+    if settings.needle_lengths:
+        with section("ablate"):
+            essays = run.config.evaluate.essays or corpus.heldout_prose(run.heldout, run.tokenizer)
+            suite.needle_samples(
+                run.tokenizer,
+                run.config.evaluate,
+                settings.needle_task,
+                min(settings.needle_lengths),
+                essays,
+                run.config.seed,
+            )
 
 
 def _study(bench: Bench, study: Study) -> pathlib.Path:
@@ -83,7 +103,8 @@ def _cell(bench: Bench, study: Study, variant: Variant, number: int, directory: 
     settings = json.loads(json.dumps(_settings(bench, study, variant, number)))
     if path.is_file():
         kept = read_json(path)
-        if kept.get("settings") == settings:
+        before = kept.get("settings") if isinstance(kept, dict) else None
+        if isinstance(before, dict) and not differences(before, settings, _FREE):
             return kept
         run.reporter.message(f"ablate {study.name}  {path.name} is of other settings and is run again")
     started = time.monotonic()

@@ -35,7 +35,8 @@ from hypenet_jax.model.serialize import config_to_dict
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
 from hypenet_jax.parallel.processes import first
 from hypenet_jax.parallel.rules import param_shardings, rules_of
-from hypenet_jax.train.loop import check_rows, train
+from hypenet_jax.train.checkpoint import read_latest
+from hypenet_jax.train.loop import check_rows, check_same_run, train
 from hypenet_jax.train.losses import lm_loss
 from hypenet_jax.train.metrics import ReporterLike
 
@@ -54,15 +55,32 @@ def compare(config: ComparisonConfig, directory: str | os.PathLike, reporter: Re
     tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
     groups = trainings(config, tokenizer)
     check_rows(config.train, mesh)
-    path = claim(directory, config, FREE)
+    path = claim(directory, config, FREE, lasting=False)
     text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
-    if any(not _measured(_result(path, v, seed), v, config) for v in config.variants for seed in config.seeds):
+    missing = any(not _measured(_result(path, v, seed), v, config) for v in config.variants for seed in config.seeds)
+    if missing:
+        _check_begun(config, groups, path)
         with timed(path, "make needles"):
             material = _material(config, tokenizer, heldout)
+    claim(directory, config, FREE)
+    if missing:
         with compiled_programs_kept(path / COMPILED):
             _train_and_measure(config, groups, text, material, path, mesh, reporter)
     first(lambda: write_report(path))
     return path / "report" / "index.html"
+
+
+def _check_begun(
+    config: ComparisonConfig, groups: list[tuple[LanguageModel, list[VariantConfig]]], path: pathlib.Path
+) -> None:
+    """Raise HypenetError where a training that is to go on is of another network, as after a variant was changed."""
+    for seed in config.seeds:
+        for model, variants in groups:
+            place = path / RUNS / f"{variants[0].name}-seed{seed}"
+            needed = any(not _measured(_result(path, v, seed), v, config) for v in variants)
+            saved = read_latest(place) if needed else None
+            if saved is not None:
+                check_same_run(saved, config.train, config_to_dict(model.config), str(place))
 
 
 def _train_and_measure(

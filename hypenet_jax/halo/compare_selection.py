@@ -166,16 +166,20 @@ def _choices(run: Run, mixers: dict, directory: pathlib.Path) -> list[dict[str, 
 def _probed(run: Run, mixers: dict, seed: int, directory: pathlib.Path) -> dict[str, Any]:
     """All scores of the probes that a seed draws, and what each cost."""
     path = directory / f"probes-seed{seed}.json"
+    restored = "kl-ls-restored" in run.config.compare.methods
     if not path.is_file():
         run.reporter.message(f"compare-selection  probes of seed {seed}")
         costs: dict = {}
-        restored = "kl-ls-restored" in run.config.compare.methods
         with timed(directory, f"probes, seed {seed}"):
             scores = pipeline.measured(run, mixers, seed, restored=restored, costs=costs)
         write_json(path, scores | {"costs": costs})
     scores = read_json(path)
-    if "kl-ls-restored" in run.config.compare.methods and "restored_kl" not in scores:
-        raise HypenetError(f"{path} is without the scores of kl-ls-restored, a method that joined; remove the file")
+    if restored and "restored_kl" not in scores:
+        # A method that joined: the other probes are as they were.
+        run.reporter.message(f"compare-selection  probes of seed {seed} for kl-ls-restored")
+        with timed(directory, f"probes, seed {seed}"):
+            scores["restored_kl"] = pipeline.restored_kl(run, mixers, seed, scores["costs"])
+        write_json(path, scores)
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.settings import (
@@ -39,11 +40,20 @@ class VariantConfig:
     def __post_init__(self):
         check_choice("variants.position", self.position, POSITIONS)
         check_choice("variants.scaling", self.scaling, SCALINGS)
-        if not self.name or self.name != self.name.strip(". ") or "/" in self.name:
+        usable = self.name.isprintable() and self.name == self.name.strip(". ") and "/" not in self.name
+        if not self.name or not usable:
             raise HypenetError(f"variants.name is {self.name!r}; it must be usable as the name of a directory")
         if not self.hybrid and self.position != "rope":
             raise HypenetError(
                 f"variant {self.name!r} is no hybrid but its position is {self.position!r}; only hybrids have variants"
+            )
+        if not 0 < self.constant < math.inf:
+            raise HypenetError(
+                f"variant {self.name!r} has the constant {self.constant:g}; it must be above 0 and finite"
+            )
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise HypenetError(
+                f"variant {self.name!r} has the intermediate_size {self.intermediate_size}; it must be at least 1"
             )
 
 
@@ -71,8 +81,11 @@ class ComparisonConfig:
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) < len(names):
             raise HypenetError(f"variants are named {names}; give at least one, and each a name of its own")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise HypenetError(f"seeds are {list(self.seeds)}; give at least one, each once and none below 0")
+        few = not self.seeds or len(set(self.seeds)) < len(self.seeds)
+        if few or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
+            raise HypenetError(f"seeds are {list(self.seeds)}; give at least one, each once, from 0 and below 2**32")
+        if min(self.row_lengths, default=1) < 1:
+            raise HypenetError(f"row_lengths are {list(self.row_lengths)}; each must be at least 1")
         if self.evaluate.answer != "forced":
             raise HypenetError(f"evaluate.answer is {self.evaluate.answer!r}; a comparison scores 'forced'")
         if self.model.attention_layers is None:

@@ -44,7 +44,7 @@ def evaluate(run: Run, others: Mapping[str, str] = MappingProxyType({})) -> dict
     time; one whose weights have changed since is measured again.
     """
     for name, source in others.items():
-        _check_other(name, source)
+        _check_other(run, name, source)
     path, settings = run.workdir / "eval.json", run.config.evaluate
     student, student_params = finished_student(run)
     models: dict[str, Callable[[], _Measured]] = {
@@ -73,22 +73,23 @@ def _is_of(one: _Measured, measured: dict | None) -> bool:
     return measured is not None and all(measured.get(key) == value for key, value in one.about.items())
 
 
-def _check_other(name: str, source: str) -> None:
+def _check_other(run: Run, name: str, source: str) -> None:
+    """Raise HypenetError, before anything is measured, where a model cannot be asked what the run's own are."""
     if name in MODEL_NAMES:
         raise HypenetError(f"the model {source} is called {name!r}, a name of the run's own; give it another")
-    hub.existing(source)
+    config, tokenizer = hub.check(source)
+    if config.vocab_size != run.teacher.config.vocab_size:
+        raise HypenetError(
+            f"{source} has a vocabulary of {config.vocab_size:,} and the run's teacher one of "
+            f"{run.teacher.config.vocab_size:,}; name a model with the teacher's tokenizer"
+        )
+    if tokenizer is not None and tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise HypenetError(f"{source} has another tokenizer than the run's teacher; name a model with the teacher's")
 
 
 def _other(run: Run, source: str) -> _Measured:
-    """A model from elsewhere, with the run's compute dtype and over its mesh. HypenetError where it cannot be asked."""
+    """A model from elsewhere, with the run's compute dtype and over its mesh."""
     model, params = hub.load(source)
-    if model.config.vocab_size != run.teacher.config.vocab_size:
-        raise HypenetError(
-            f"{source} has a vocabulary of {model.config.vocab_size:,} and the run's teacher one of "
-            f"{run.teacher.config.vocab_size:,}; name a model with the teacher's tokenizer"
-        )
-    if model.tokenizer is not None and model.tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise HypenetError(f"{source} has another tokenizer than the run's teacher; name a model with the teacher's")
     model, params = spread(run.config, run.mesh, model, params, run.config.rules)
     return _Measured(model, params, {"from": source, "weights": fingerprint(model, params)})
 

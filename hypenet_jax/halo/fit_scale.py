@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.token_nll import padded_rows, project_nll
 from hypenet_jax.model import LanguageModel
 from hypenet_jax.parallel.activations import mesh_of
@@ -32,7 +34,7 @@ def fit_scale(
     Returns {"a", "grid", "loss", "loss_unscaled", "length", "documents"}; "a" is the grid's best, refined by the
     vertex of the parabola through it and its two neighbours in ln(a). A grid whose best is at its end is followed
     further (`widened`); the grid returned is all that was tried. a is traced: one compilation serves the grid.
-    `between` is called before each a, where a run may be stopped.
+    `between` is called before each a, where a run may be stopped. Raises HypenetError for a loss that is not finite.
     """
     # The training-time network, whatever scaling the config carries.
     plain = model.with_logits_scaling(None)
@@ -56,12 +58,13 @@ def fit_scale(
         return total / (len(windows) * (windows.shape[1] - 1))
 
     grid, losses = widened(grid, loss)
+    unscaled = _finite(loss(UNSCALED), "without scaling")
     return {
         # Four digits: the loss is flat around its minimum, and configs and checkpoints show the number.
         "a": float(f"{vertex(grid, losses):.4g}"),
         "grid": grid,
         "loss": losses,
-        "loss_unscaled": loss(UNSCALED),
+        "loss_unscaled": unscaled,
         "length": int(windows.shape[1] - 1),
         "documents": len(windows),
     }
@@ -71,17 +74,31 @@ def widened(grid: Sequence[float], loss: Callable[[float], float]) -> tuple[list
     """The grid, sorted, and its losses; where the best is the first or the last, halved or doubled until it is not.
 
     A student that was finetuned at the fit's own length needs little scaling: its best a lies far beyond the grid that
-    serves one that was not. It ends at WIDEST.
+    serves one that was not. It ends at WIDEST. Raises HypenetError for a loss that is not finite.
     """
+
+    def tried(a: float) -> float:
+        return _finite(loss(a), f"with a = {a:g}")
+
     grid = sorted({float(a) for a in grid})
-    losses = [loss(a) for a in grid]
+    losses = [tried(a) for a in grid]
     while losses[-1] < min(losses[:-1]) and 2 * grid[-1] <= WIDEST[1]:
         grid.append(2 * grid[-1])
-        losses.append(loss(grid[-1]))
+        losses.append(tried(grid[-1]))
     while losses[0] < min(losses[1:]) and grid[0] / 2 >= WIDEST[0]:
         grid.insert(0, grid[0] / 2)
-        losses.insert(0, loss(grid[0]))
+        losses.insert(0, tried(grid[0]))
     return grid, losses
+
+
+def _finite(loss: float, words: str) -> float:
+    """The loss; HypenetError where it is not finite: nan would pass for the least of any grid."""
+    if not math.isfinite(loss):
+        raise HypenetError(
+            f"the loss {words} is {loss} on the held-out documents, so that there is no fit; look at the student's "
+            "last losses, or change fit_scale.grid"
+        )
+    return loss
 
 
 def vertex(grid: Sequence[float], losses: Sequence[float]) -> float:

@@ -82,7 +82,7 @@ def select_layers(run: Run) -> tuple[int, ...]:
         else:
             method = config.select.method
             if config.select.scores is not None:
-                scores = select.read_scores(config.select.scores)
+                scores = select.read_scores(config.select.scores, num_layers)
             elif method in select.NEEDS:
                 scores = _scores(run, method)
             layers = select.choose(scores, num_layers, method, config.select.keep)
@@ -203,8 +203,23 @@ def measured(run: Run, mixers: dict, seed: int, *, restored: bool, costs: dict |
     common: dict = {"recall_rows": rows, "batch_size": settings.batch_size, "costs": costs}
     scores = variants.measure(run.teacher, params, student, mixers, choices=choices, report=report, **common)
     if restored:
-        scores["restored_kl"] = variants.measure_restored(run.teacher, params, student, mixers, **common)
+        scores["restored_kl"] = restored_kl(run, mixers, seed, costs)
     return scores
+
+
+def restored_kl(run: Run, mixers: dict, seed: int, costs: dict | None = None) -> list[float]:
+    """The scores of KL-LS's direction alone, on the probes that `seed` draws."""
+    settings, params = run.config.select, run.teacher_params
+    rows, _ = probes(settings, run.tokenizer, run.heldout, seed)
+    return variants.measure_restored(
+        run.teacher,
+        params,
+        student_model(run, ()),
+        mixers,
+        recall_rows=rows,
+        batch_size=settings.batch_size,
+        costs=costs,
+    )
 
 
 def _train(

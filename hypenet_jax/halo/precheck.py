@@ -37,7 +37,7 @@ def check_plan(config: ConvertConfig, teacher: ModelConfig, mesh: Mesh) -> None:
     with section("select"):
         settings, num_layers = config.select, teacher.num_layers
         if config.student.attention_layers is None and settings.scores is not None:
-            select.choose(select.read_scores(settings.scores), num_layers, settings.method, settings.keep)
+            select.choose(select.read_scores(settings.scores, num_layers), num_layers, settings.method, settings.keep)
         elif config.student.attention_layers is None and settings.method not in select.NEEDS:
             select.choose({}, num_layers, settings.method, settings.keep)
         else:
@@ -58,16 +58,31 @@ def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, 
     for name in STAGES:
         with section(name):
             corpus.stage_batches(text, getattr(config, name), 0, config.seed, config.data.workers)
-    if config.finetune_loss == "completions" and text.info.chat_template is None:
-        raise HypenetError(
-            "finetune_loss is 'completions' but data.sources hold no conversation; add one with messages, or use 'all'"
-        )
+    if config.finetune_loss == "completions":
+        _check_completions(config, text)
     if measures(config) and not searches(config):
         with section("select"):
             probes(config.select, tokenizer, heldout, config.seed)
     with section("fit_scale"):
         corpus.long_documents(heldout, config.fit_scale.length, config.fit_scale.documents)
     check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
+
+
+def _check_completions(config: ConvertConfig, text: PackedTokens) -> None:
+    """Raise HypenetError where stage 3 is to learn what an assistant wrote, and reads nothing of the kind."""
+    if text.info.chat_template is None:
+        raise HypenetError(
+            "finetune_loss is 'completions' but data.sources hold no conversation to train on; add more with messages, "
+            "or use 'all'"
+        )
+    start = corpus.stage_tokens(config.align) + corpus.stage_tokens(config.distill)
+    batches = corpus.stage_batches(text, config.finetune, start, config.seed, 0, completions=True)
+    if not batches.learns():
+        read = corpus.stage_tokens(config.finetune)
+        raise HypenetError(
+            f"finetune_loss is 'completions' but none of the {read:,} tokens that stage finetune reads was written by "
+            "an assistant; shorten the other turns, give other conversations, or use 'all'"
+        )
 
 
 def check_evaluation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 
@@ -42,6 +43,7 @@ def pretrain(
     check_rows(config.train, mesh)
     with section("rules"):
         shardings = param_shardings(model.param_axes(), model.param_shapes(), mesh, rules_of(config.rules))
+    _check_start(model, config)
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
     check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
@@ -92,6 +94,17 @@ def _card_and_report(path: pathlib.Path, card: str, reporter: ReporterLike) -> N
     write_report(path)
 
 
+def _check_start(model: LanguageModel, config: PretrainConfig) -> None:
+    """Raise HypenetError where the model to start from is none, or another network."""
+    if config.start_from is None:
+        return
+    other, _ = hub.check(config.start_from)
+    # What is no part of training: a stage's checkpoint is without the scaling that its export has.
+    apart: dict[str, Any] = {"bos_id": None, "eos_ids": (), "pad_id": None, "max_position": 0, "logits_scaling": None}
+    if dataclasses.replace(model.config, **apart) != dataclasses.replace(other, **apart):
+        raise HypenetError(f"start_from {config.start_from} is another network than `model`; give one of its sizes")
+
+
 def _start(model: LanguageModel, config: PretrainConfig, shardings) -> dict:
     """Random parameters; or another model's, its matrices shrunk towards them by `start_share`.
 
@@ -101,12 +114,7 @@ def _start(model: LanguageModel, config: PretrainConfig, shardings) -> dict:
     fresh = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
     if config.start_from is None:
         return fresh
-    other, params = hub.load(config.start_from)
-    ours = dataclasses.replace(model.config, bos_id=None, eos_ids=(), pad_id=None, max_position=0)
-    theirs = dataclasses.replace(other.config, bos_id=None, eos_ids=(), pad_id=None, max_position=0)
-    if ours != theirs:
-        raise HypenetError(f"start_from {config.start_from} is another network than `model`; give one of its sizes")
-    params, share = jax.tree.map(place, params, shardings), config.start_share
+    params, share = jax.tree.map(place, hub.load(config.start_from)[1], shardings), config.start_share
 
     def blend(old, new):
         return share * old + (1 - share) * new if new.ndim > 1 else old

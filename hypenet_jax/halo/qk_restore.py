@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,11 @@ import numpy as np
 
 from hypenet_jax import hub
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.hub.card import card, described, source_of, tags_of, usage
 from hypenet_jax.model.config import ModelConfig
 
 METHODS = ("copy", "procrustes")
+_DTYPE = "float32"
 _GUARD = 1e-6
 # What decides where an attention layer looks; the norms of queries and keys are part of its scores.
 _RESTORED = ("q", "k", "q_norm", "k_norm")
@@ -46,8 +49,23 @@ def restore_directory(
     check_same(old.config, new.config)
     chosen = _chosen(layers, new.config)
     params = restore(old_params, new_params, chosen, method)
-    hub.save(dataclasses.replace(new, tokenizer=new.tokenizer or old.tokenizer), params, out)
+    card = _card(new.config, os.fspath(before), os.fspath(after), os.fspath(out), method, chosen)
+    hub.save(dataclasses.replace(new, tokenizer=new.tokenizer or old.tokenizer), params, out, _DTYPE, card=card)
     return chosen
+
+
+def _card(config: ModelConfig, before: str, after: str, out: str, method: str, layers: Sequence[int]) -> str:
+    """The model card of what was restored: which of two models each part is of, and the command."""
+    source, numbers = source_of(after), [str(layer) for layer in layers]
+    origin = (
+        f"The model `{after}`, fine-tuned from `{before}`, after QK-Restore (arXiv 2606.11052) with hypenet_jax: the "
+        f"queries and keys of the attention layers {', '.join(numbers)} are those of `{before}`, by the method "
+        f"`{method}`; all else is `{after}`'s."
+    )
+    words = ["hypenet", "qk-restore", before, after, out, "--method", method, "--layers", ",".join(numbers)]
+    command = f"## Reproduce\n\n```bash\n{shlex.join(words)}\n```"
+    title = f"{source.name} with the queries and keys of before its fine-tune"
+    return card(title, [origin, described(config, _DTYPE), usage(), command], source, tags_of(config))
 
 
 def restore(

@@ -143,34 +143,53 @@ def kept(num_layers: int, keep: int | None) -> int:
     return keep
 
 
-def read_scores(path: str | pathlib.Path) -> dict:
+def read_scores(path: str | pathlib.Path, num_layers: int | None = None) -> dict:
     """Scores a layer from a JSON table: {"layers": [{"layer", "csr", "recall"[, "kl", "restored_kl", "gate"]}, ...]}.
 
-    csr and recall are numbers or {task: score}, which are averaged. Raises HypenetError for a missing file, broken
-    JSON, missing fields, or layers that are not 0, 1, 2, ...
+    csr and recall are numbers or {task: score}, which are averaged. num_layers: of the model they are of; None: any.
+    Raises HypenetError for a missing file, broken JSON, missing fields, what is no score, layers that are not 0, 1, 2,
+    ..., of other tasks each, or of another model's number.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise HypenetError(f"the table of scores {path} is not a file; give a JSON file")
     try:
         rows = sorted(json.loads(path.read_text(encoding="utf-8"))["layers"], key=lambda row: row["layer"])
-        scores = {name: [_mean(row[name]) for row in rows] for name in ("csr", "recall")}
-        for name in ("kl", "restored_kl", "gate"):
-            if rows and name in rows[0]:
-                scores[name] = [_mean(row[name]) for row in rows]
         layers = [row["layer"] for row in rows]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        optional = [name for name in ("kl", "restored_kl", "gate") if any(name in row for row in rows)]
+        scores = {name: [_mean(row[name]) for row in rows] for name in ("csr", "recall", *optional)}
+        tasks = {name: [_tasks(row[name]) for row in rows] for name in scores}
+    # An integer of too many digits is an ArithmeticError, brackets too deep are a RecursionError.
+    except (UnicodeDecodeError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise HypenetError(
             f"the table of scores {path} does not read ({type(error).__name__}: {error}); "
             'it must be {"layers": [{"layer": 0, "csr": .., "recall": ..}, ..]}'
         ) from None
     if layers != list(range(len(layers))) or not layers:
         raise HypenetError(f"the table of scores {path} has layers {layers}; they must be 0, 1, 2, ... without gaps")
+    for name, of in tasks.items():
+        other = next((layer for layer in layers if of[layer] != of[0]), None)
+        if other is not None:
+            raise HypenetError(
+                f"in the table of scores {path} the {name} of layer {other} is of {of[other]} and that of layer 0 of "
+                f"{of[0]}; score every layer by the same tasks"
+            )
+    if num_layers is not None and len(layers) != num_layers:
+        raise HypenetError(
+            f"the table of scores {path} covers {len(layers)} layers but the model has {num_layers}; give one of this "
+            "model"
+        )
     return scores
 
 
 def _mean(value: float | dict) -> float:
-    scores = [float(score) for score in value.values()] if isinstance(value, dict) else [float(value)]
-    if not scores or not np.all(np.isfinite(scores)):
+    scores = list(value.values()) if isinstance(value, dict) else [value]
+    numbers = all(isinstance(score, (int, float)) and not isinstance(score, bool) for score in scores)
+    if not scores or not numbers or not all(abs(score) < float("inf") for score in scores):
         raise ValueError(f"{value} is no score")
-    return float(np.mean(scores))
+    return float(np.mean([float(score) for score in scores]))
+
+
+def _tasks(value: float | dict) -> str:
+    """What a score is the mean of, in words."""
+    return f"the tasks {', '.join(sorted(value))}" if isinstance(value, dict) else "no task by name"

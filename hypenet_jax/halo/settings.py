@@ -36,6 +36,18 @@ def check_positive(section: str, settings: Any, *names: str) -> None:
             raise HypenetError(f"{section}.{name} is {getattr(settings, name)}; it must be at least 1")
 
 
+def check_each_once(section: str, settings: Any, *names: str) -> None:
+    """Raise where a named field, a tuple or None, has a value twice: needles asked twice count as twice as many.
+
+    A task and its "-like" are one.
+    """
+    for name in names:
+        values = getattr(settings, name) or ()
+        alike = {value.removesuffix("-like") if isinstance(value, str) else value for value in values}
+        if len(alike) < len(values):
+            raise HypenetError(f"{section}.{name} is {values}; name each once")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Text to train on. A share of the documents, chosen by their content, is held out for every measurement.
@@ -188,6 +200,7 @@ class EvaluateConfig:
         check_choice("evaluate.answer", self.answer, ("forced", "generate"))
         check_positive("evaluate", self, "samples", "answer_budget", "prefill_chunk", "batch_tokens", "new_tokens")
         check_positive("evaluate", self, "perplexity_length", "perplexity_documents")
+        check_each_once("evaluate", self, "tasks", "lengths", "scale_lengths")
         if self.row_tokens is not None and self.row_tokens < max(self.lengths, default=1):
             raise HypenetError(
                 f"evaluate.row_tokens is {self.row_tokens}, below the longest of the lengths {self.lengths}; raise it"
@@ -220,8 +233,9 @@ class CompareConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise HypenetError(f"compare.{name} is {values}; name at least one, and each once")
-        if min(self.seeds) < 0:
-            raise HypenetError(f"compare.seeds is {self.seeds}; each must be at least 0")
+        check_each_once("compare", self, "tasks", "lengths")
+        if not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
+            raise HypenetError(f"compare.seeds is {self.seeds}; each must be at least 0 and below 2**32")
         given = ("batch_size", "samples", "perplexity_length")
         check_positive("compare", self, "steps", *(name for name in given if getattr(self, name) is not None))
 
@@ -249,6 +263,7 @@ class AblateConfig:
 
     def __post_init__(self):
         check_positive("ablate", self, "align_steps", "distill_steps", "measure_every", "heldout_rows")
+        check_each_once("ablate", self, "needle_lengths")
         for name in ("batch_size", "seq_len"):
             if getattr(self, name) is not None:
                 check_positive("ablate", self, name)

@@ -37,20 +37,23 @@ FREE = (
 )
 
 
-def claim(directory: str | os.PathLike, config: Any, free: tuple[str, ...] = FREE) -> pathlib.Path:
+def claim(
+    directory: str | os.PathLike, config: Any, free: tuple[str, ...] = FREE, *, lasting: bool = True
+) -> pathlib.Path:
     """Make the directory this config's own, or continue in it when it already is.
 
+    lasting: False leaves the config of a run that has begun as it is, for callers that have more to check first.
     Sections and fields in `free` may differ from an earlier run's; before any step has run everything may. Raises
     HypenetError when the directory holds something else, or a run of another config (naming the first field that
     differs).
     """
     check_local(directory, "the work directory")
     path = pathlib.Path(directory)
-    first(lambda: _claim(path, config, free))
+    first(lambda: _claim(path, config, free, lasting))
     return path
 
 
-def _claim(path: pathlib.Path, config: Any, free: tuple[str, ...]) -> None:
+def _claim(path: pathlib.Path, config: Any, free: tuple[str, ...], lasting: bool) -> None:
     wanted = json.loads(json.dumps(configs.to_mapping(config)))
     if path.exists() and not path.is_dir():
         raise HypenetError(f"the work directory {path} is a file; choose another")
@@ -59,12 +62,14 @@ def _claim(path: pathlib.Path, config: Any, free: tuple[str, ...]) -> None:
     before = read_json(path / CONFIG) if CONFIG in held else None
     if held and not (isinstance(before, dict) and isinstance(before.get(DATA), dict)):
         raise HypenetError(f"the work directory {path} holds something else; choose an empty or a new one")
-    if before and held - {CONFIG, DATA}:
+    begun = held - {CONFIG, DATA}
+    if before and begun:
         before = _with_defaults(type(config), before)
         changed = configs.differences(before, wanted, free)
         if changed:
             raise HypenetError(f"the work directory {path} belongs to another run: {changed[0]}; choose another")
-    _write_json(path / CONFIG, wanted)
+    if lasting or not begun:
+        _write_json(path / CONFIG, wanted)
 
 
 def _with_defaults(kind: type, before: dict) -> dict:

@@ -83,13 +83,17 @@ def read(
       HypenetError: a damaged file, an unsupported architecture, setting or quantisation, tensors that do not belong
         to the metadata, or a tokenizer that cannot be rebuilt.
     """
+    file, config, tokenizer = opened(path)
+    return config, params.build(gguf_names.tensors(config), file.read, dtype, place), tokenizer
+
+
+def opened(path: Path) -> tuple[GgufFile, ModelConfig, Tokenizer | None]:
+    """The file, its config and its tokenizer, no tensor read yet; raises HypenetError as `read` does."""
     file = GgufFile(path)
     config = read_config(file)
-    tensors = gguf_names.tensors(config)
     shapes = {name: shape for name, shape in file.shapes.items() if name != _ROPE_FREQUENCIES}
-    params.check_stored(tensors, shapes, str(path))
-    tokenizer = read_tokenizer(file.metadata, str(path))
-    return config, params.build(tensors, file.read, dtype, place), tokenizer
+    params.check_stored(gguf_names.tensors(config), shapes, str(path))
+    return file, config, read_tokenizer(file.metadata, str(path))
 
 
 def read_config(file: GgufFile) -> ModelConfig:

@@ -65,6 +65,21 @@ def load(
     return LanguageModel(config=config, dtype=computed, tokenizer=tokenizer), tree
 
 
+def check(path: str | os.PathLike[str]) -> tuple[ModelConfig, Any]:
+    """(config, tokenizer or None) of what `load` would give: names and shapes are looked at, no weight is read.
+
+    Raises HypenetError as `load` does, but for what only the values of the weights tell.
+    """
+    source = existing(path)
+    if source.is_file():
+        _, config, tokenizer = gguf_model.opened(source)
+    else:
+        config = _checkpoint_config(source) if _is_checkpoint(source) else _stored_config(source)
+        tokenizer = _read_tokenizer(source, config)
+    check_vocabulary(config, tokenizer, str(source))
+    return config, tokenizer
+
+
 def existing(path: str | os.PathLike[str]) -> Path:
     """The path of a model to load; raises HypenetError where nothing is."""
     source = Path(path).expanduser()
@@ -100,6 +115,11 @@ def _config_and_tensors(directory: Path) -> tuple[ModelConfig, list[Tensor]]:
     values = read_json(path)
     if "model_type" not in values and (directory / "export" / "config.json").is_file():
         raise HypenetError(f"{directory} is the work directory of a run; give its model, {directory / 'export'}")
+    if "model_type" not in values and "architectures" not in values and isinstance(values.get("data"), dict):
+        raise HypenetError(
+            f"{directory} is the work directory of a run that has no model yet; run `hypenet export` there, or give "
+            "the directory of a finished stage"
+        )
     family = family_of(values, str(path))
     generation = directory / "generation_config.json"
     if generation.is_file():
@@ -122,12 +142,25 @@ def _with_generation_ids(values: dict[str, Any], generation: dict[str, Any], whe
 def _read_hugging_face(directory: Path, dtype: np.dtype, place: Place | None) -> tuple[ModelConfig, dict[str, Any]]:
     config, tensors = _config_and_tensors(directory)
     with open_weights(directory) as weights:
-        shapes = {name: shape for name, shape in weights.shapes.items() if not name.endswith(_IGNORED_SUFFIX)}
-        if config.tie_embeddings and "lm_head.weight" in shapes:
+        if config.tie_embeddings and "lm_head.weight" in weights.shapes:
             _check_tied(weights, directory)
-            del shapes["lm_head.weight"]
-        params.check_stored(tensors, shapes, str(directory))
+        _check_stored(config, tensors, weights, directory)
         return config, params.build(tensors, weights.read, dtype, place)
+
+
+def _stored_config(directory: Path) -> ModelConfig:
+    """The config of a Hugging Face directory, whose weights have the names and shapes that it asks for."""
+    config, tensors = _config_and_tensors(directory)
+    with open_weights(directory) as weights:
+        _check_stored(config, tensors, weights, directory)
+    return config
+
+
+def _check_stored(config: ModelConfig, tensors: list[Tensor], weights: StoredWeights, directory: Path) -> None:
+    shapes = {name: shape for name, shape in weights.shapes.items() if not name.endswith(_IGNORED_SUFFIX)}
+    if config.tie_embeddings:
+        shapes.pop("lm_head.weight", None)
+    params.check_stored(tensors, shapes, str(directory))
 
 
 def _check_tied(weights: StoredWeights, directory: Path) -> None:
@@ -155,6 +188,21 @@ def _read_checkpoint(directory: Path, dtype: np.dtype, place: Place | None) -> t
         array = np.asarray(params.lookup(stored, tensor.path)).astype(dtype, copy=False)
         params.insert(tree, tensor.path, array if place is None else place(tensor.path, array))
     return config, tree
+
+
+def _checkpoint_config(directory: Path) -> ModelConfig:
+    """The config of a checkpoint of ours, which holds all parameters of its model; HypenetError for one of a part."""
+    from hypenet_jax.train.checkpoint import Checkpoints
+
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        step = checkpoints.require_latest()
+        config = config_from_dict(checkpoints.about(step)["model"])
+        stored = checkpoints.stored_shapes(step)["params"]
+    try:
+        params.check_params(FAMILIES[config.family].tensors(config), stored)
+    except HypenetError as error:
+        raise HypenetError(f"{directory} is no whole model: {error}") from None
+    return config
 
 
 def _host_sharding() -> jax.sharding.Sharding | None:

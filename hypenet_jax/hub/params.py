@@ -52,8 +52,15 @@ def check_stored(tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]
 
 def check_params(tensors: Sequence[Tensor], params: Mapping[str, Any]) -> None:
     """Raise HypenetError unless the tree has exactly the parameters of the model, in their shapes."""
+    if not isinstance(params, Mapping):
+        kind = type(params).__name__
+        raise HypenetError(f"the parameters are of type {kind}; give the nested dict that `load` returns")
+    found = {"/".join(map(str, path)): leaf for path, leaf in leaves(params)}
+    for name, leaf in found.items():
+        if not hasattr(leaf, "shape"):
+            raise HypenetError(f"the parameter {name} is of type {type(leaf).__name__}; it must be an array")
     wanted = {"/".join(tensor.path): tensor.shape for tensor in tensors}
-    got = {"/".join(path): tuple(leaf.shape) for path, leaf in leaves(params)}
+    got = {name: tuple(leaf.shape) for name, leaf in found.items()}
     _check_names(list(wanted), list(got), "the parameter tree", "parameter")
     _check_shapes(wanted, got, "the parameter tree", "parameter")
 

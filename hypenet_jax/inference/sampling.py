@@ -11,6 +11,9 @@ import numpy as np
 
 from hypenet_jax.errors import HypenetError
 
+# Below it quotients leave float32; at it any difference of logits decides already.
+_COLDEST = 1e-30
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -48,7 +51,8 @@ def sample(logits_BV: jax.Array, seeds_B: jax.Array, index: jax.Array | int, sam
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    kept_BV = restrict(logits_BV.astype(jnp.float32) / sampling.temperature, sampling.top_k, sampling.top_p)
+    temperature = max(sampling.temperature, _COLDEST)
+    kept_BV = restrict(logits_BV.astype(jnp.float32) / temperature, sampling.top_k, sampling.top_p)
     keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), index))(seeds_B)
     return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
 

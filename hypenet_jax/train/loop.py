@@ -78,7 +78,7 @@ def train(
 
     Returns:
       (params on the mesh, summary {"name", "step", "resumed_from", "loss", "lr", "tokens", "seconds", ...}: the
-      metrics of the last step).
+      metrics of the last step, without "loss" and other means where nothing in its batch was to be learned).
 
     Raises:
       HypenetError: a loss that is not finite, data that ends early or has the wrong size, checkpoints of another model
@@ -96,7 +96,7 @@ def train(
         first, saved = checkpoints.latest_step() or 0, {}
         if first:
             saved = checkpoints.about(first)
-            _check_same_run(saved, stage, model_info, checkpoints.directory)
+            check_same_run(saved, stage, model_info, checkpoints.directory)
         if first >= stage.steps:
             done = checkpoints.restore(first, {"params": abstract["params"]})
             return done["params"], {"name": name, "resumed_from": first, **saved["metrics"]}
@@ -164,7 +164,8 @@ def check_rows(stage: StageConfig, mesh: Mesh) -> None:
         )
 
 
-def _check_same_run(saved: dict[str, Any], stage: StageConfig, model_info: dict[str, Any], where: str) -> None:
+def check_same_run(saved: dict[str, Any], stage: StageConfig, model_info: dict[str, Any], where: str) -> None:
+    """Raise HypenetError unless the checkpoint that says `saved` of itself is of this stage and this model."""
     check_resumable(saved["stage"], stage, where)
     wanted = json.loads(json.dumps(model_info))
     for field in sorted(saved["model"].keys() | wanted.keys()):
@@ -246,7 +247,11 @@ class _Log:
                 if not math.isfinite(values[key]):
                     self._stop(step, key, values[key])
             seconds = self._seconds_before + time.monotonic() - self._start
-            self.last = {"step": step, "loss": values.pop("loss"), "tokens": step * self._stage.tokens_per_step}
+            if values.get("count") == 0:
+                # A mean over nothing, which comes out as 0, is no loss.
+                values = {key: values[key] for key in ("count", "grad_norm", "lr")}
+            losses = {"loss": values.pop("loss")} if "loss" in values else {}
+            self.last = {"step": step, **losses, "tokens": step * self._stage.tokens_per_step}
             self.last |= {"seconds": round(seconds, 3), **values}
             if self._wants(step):
                 tokens, before = self._previous

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import sys
 import tempfile
@@ -149,7 +148,10 @@ class Reporter:
         self._bar.start()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Records one step: a flat dict of numbers with "step"; see `loop.train` for its other keys."""
+        """Records one step: a flat dict of numbers with "step"; see `loop.train` for its other keys.
+
+        A record without "loss" is of a batch in which nothing was to be learned.
+        """
         if self._file is None:
             return
         self._file.write(json.dumps(record) + "\n")
@@ -157,7 +159,7 @@ class Reporter:
             for key, value in record.items():
                 if key != "step":
                     self._events.add_scalar(f"{self._name}/{key}", value, record["step"])
-        facts = f"loss {record.get('loss', math.nan):.4f}"
+        facts = f"loss {record['loss']:.4f}" if "loss" in record else "no token to learn"
         rate = record.get("tokens_per_second")
         if rate:
             facts += f"  {rate:,.0f} tokens/s"

@@ -311,3 +311,37 @@ def test_prompts_of_the_evaluation():
     assert tokenizer.decode(ids, special_tokens=True) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(HypenetError, match="the prompt 'Hi' is a conversation but the tokenizer has no chat template"):
         encode_prompt(chat_tokenizer(None), "Hi")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("tools", [{"type": "function"}], "the field 'tools', which would change how the conversation is written"),
+        ("functions", [{"name": "f"}], "the field 'functions'"),
+        ("documents", [{"text": "d"}], "the field 'documents'"),
+        ("enable_thinking", False, "the field 'enable_thinking'"),
+        ("chat_template", "{{ messages }}", "the field 'chat_template'"),
+        ("chat_template_kwargs", {"a": 1}, "the field 'chat_template_kwargs'"),
+        ("system", "Be brief.", "the field 'system'; write it as the first message, with the role system"),
+        ("system_prompt", "Be brief.", "the field 'system_prompt'; write it as the first message"),
+    ],
+)
+def test_fields_of_a_row_that_change_the_text_are_refused(tmp_path, field, value, words):
+    """What is dropped in silence would be trained on as if it had never been there."""
+    file = tmp_path / "rows.jsonl"
+    row = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        "id": 7,
+        "source": "s",
+    }
+    empty = {
+        field: type(value)() if isinstance(value, (list, dict, str)) else None,
+        "prompt": "q",
+        "meta": {"tools": 1},
+    }
+    file.write_text("\n".join(json.dumps(row | more) for more in ({}, empty, {field: None})))
+    assert [document.text for document in read_documents(file)] == ["q\na"] * 3
+    file.write_text("\n".join(json.dumps(row | more) for more in ({}, {field: value})))
+    with pytest.raises(HypenetError, match="line 2 of source file") as caught:
+        list(read_documents(file))
+    assert words in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals import comparison
 from hypenet_jax.evals.intervals import wilson
 from hypenet_jax.evals.report import write_report
+from hypenet_jax.halo.settings import EvaluateConfig, FitScaleConfig
 
 VARIANTS = [
     {"name": "hypenet", "hybrid": True, "position": "hype", "scaling": "fit", "constant": 1.5},
@@ -106,6 +108,33 @@ def test_results_of_another_definition_of_a_name_are_left_out(workdir):
     config["variants"][1]["position"] = "rope"
     (workdir / "config.json").write_text(json.dumps(config))
     assert [line["place"] for line in comparison.gather(workdir)["lines"]] == [0, 2]
+
+
+EVALUATE = dataclasses.asdict(EvaluateConfig(essays="essays"))
+FIT = dataclasses.asdict(FitScaleConfig())
+FREE = {
+    "prefill_chunk": 1, "row_tokens": 9999, "batch_tokens": 1, "prompts": ["a"], "new_tokens": 1, "chat": True,
+    "scale_lengths": [512], "scale_grid": [2.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:2])
+def test_results_hang_on_what_was_asked_alone(variant):
+    """Every field of `evaluate` and `fit_scale` is free or makes another result."""
+    own = json.loads(json.dumps({"evaluate": EVALUATE, "fit_scale": FIT}))
+    found = {"variant": variant, "settings": own}
+    assert comparison.is_of(found, variant, own) and not comparison.is_of({"variant": variant}, variant, own)
+    assert not comparison.is_of(found | {"settings": []}, variant, own)
+    for name in EVALUATE:
+        changed = own | {"evaluate": own["evaluate"] | {name: FREE.get(name, "another")}}
+        assert comparison.is_of(found, variant, changed) == (name in FREE), name
+    for name in FIT:
+        changed = own | {"fit_scale": own["fit_scale"] | {name: 77}}
+        assert comparison.is_of(found, variant, changed) == (variant["scaling"] != "fit" or name == "batch_size"), name
+    # A constant scale is of the variant that has one.
+    assert comparison.is_of(found, variant | {"constant": 2.0}, own)
+    constant = variant | {"scaling": "constant"}
+    assert not comparison.is_of(found | {"variant": constant}, constant | {"constant": 2.0}, own)
 
 
 def test_variants_of_one_kind_go_by_their_names(workdir):

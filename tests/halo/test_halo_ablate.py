@@ -1,5 +1,6 @@
 """`hypenet ablate` on the tiny conversion: cells that differ in one thing, kept, resumed, and drawn."""
 
+import dataclasses
 import json
 import shutil
 
@@ -147,3 +148,41 @@ def test_mistakes_are_named(convert_config, base, capsys):
     command = ["ablate", "--config", str(convert_config), "--workdir", str(base), "--study", "kl"]
     assert main(command) == 2
     assert "takes one row in 12 but a batch has 4; set ablate.batch_size to 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"needle_lengths": "[512,100]"}, "in config section 'ablate': length 100 is too short"),
+        ({"needle_lengths": "[512]", "needle_task": "S2"}, "nowhere"),
+        ({"needle_lengths": "[512]", "needle_task": "S9"}, "S9"),
+    ],
+)
+def test_needles_that_cannot_be_asked_are_refused_before_any_training(
+    convert_config, base, capsys, monkeypatch, changes, words
+):
+    monkeypatch.setattr(module.pipeline, "align", lambda run: pytest.fail("trained"))
+    command = ["ablate", "--config", str(convert_config), "--workdir", str(base), "--study", "documents"]
+    assert main([*command, *settings(**changes), "--set", "evaluate.essays=nowhere"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("hypenet: in config section 'ablate': ") and words in said, said
+    assert not (base / "studies").exists()
+
+
+def test_cells_stay_when_only_what_is_written_changes(bench, tmp_path, monkeypatch):
+    """A cell's numbers do not hang on how often a stage logs or saves, nor on its microbatches."""
+    variant = STUDY.variants[0]
+    monkeypatch.setattr(bench, "trained", lambda *_: {"align": [], "distill": [{"kl": 1.0, "nll": 1.0, "tokens": 4}]})
+    first = module._cell(bench, STUDY, variant, 0, tmp_path)
+    monkeypatch.setattr(bench, "trained", lambda *_: pytest.fail("trained again"))
+    free = {"log_every": 7, "checkpoint_every": 9, "keep": 1, "token_chunk": 64, "gradient_accumulation": 2}
+    stage = dataclasses.replace(bench.run.config.distill, **free)
+    bench.run = dataclasses.replace(bench.run, config=dataclasses.replace(bench.run.config, distill=stage))
+    assert module._cell(bench, STUDY, variant, 0, tmp_path) == first
+    slower = dataclasses.replace(stage, b2=0.9)
+    bench.run = dataclasses.replace(bench.run, config=dataclasses.replace(bench.run.config, distill=slower))
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        module._cell(bench, STUDY, variant, 0, tmp_path)
+    (tmp_path / "plain-0.json").write_text("[]")
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        module._cell(bench, STUDY, variant, 0, tmp_path)

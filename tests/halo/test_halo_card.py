@@ -9,6 +9,7 @@ import pytest
 import hypenet_jax as hn
 from hypenet_jax.cli import main
 from hypenet_jax.evals.card import run_card
+from hypenet_jax.evals.card_training import objective
 from hypenet_jax.evals.intervals import wilson
 from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.hub.card import CARD, front_matter, is_ours
@@ -53,13 +54,20 @@ def test_the_run_is_told(finished, text, convert_config, byte_teacher, documents
     assert "license" not in front and "- lightning-attention\n" in text
     assert is_ours(text) and "# HypeNet out of teacher\n" in text and f"`{documents_file}`" in text
     packed = read_json(finished / "data/train/meta.json")
-    assert f"trained on: {packed['tokens']:,} tokens of {packed['documents']:,} documents" in text
+    assert f"to train on: {packed['tokens']:,} tokens of {packed['documents']:,} documents" in text
+    # What was read: 5 + 5 + 4 steps of 4 rows of 64 tokens, whatever the pack holds.
+    read = f"3,584 tokens (align 1,280, distill 1,280, finetune 1,024), {3584 / packed['tokens']:.3g} times the text"
+    assert f"- trained on: {read}" in text
     stages = rows_of(text, "Training")[2:]
     for row, (name, steps) in zip(stages, {"align": 5, "distill": 5, "finetune": 4}.items(), strict=True):
         lines = (finished / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         assert row[0].startswith(f"{name} (") and row[1:4] == [str(steps), "4 x 64", f"{steps * 4 * 64:,}"]
         assert row[5] == f"{records[0]['loss']:.4f} to {records[-1]['loss']:.4f}"
+    goals = [row[0] for row in stages]
+    assert goals[0] == "align (hidden-state alignment: MSE between the mixers' outputs)"
+    assert goals[1] == "distill (distillation: KL(teacher, student) over the whole vocabulary)"
+    assert goals[2] == "finetune (long-context finetune: next-token cross-entropy)"
     assert stages[1][4] == "0.002 to 1e-05, cosine, warm-up 1"
     chosen = read_json(finished / "select.json")
     assert f"attention kept in layers {chosen['layers'][0]} (counted from 0), method `kl-ls`" in text
@@ -103,3 +111,49 @@ def test_export_evaluate_and_an_edited_card(finished, convert_config, tmp_path, 
     assert main(["export", *words]) == 0
     assert card.read_text() == edited
     assert not [path for path in copy.iterdir() if "partial" in path.name]
+
+
+KL, CE = "KL(teacher, student) over the whole vocabulary", "next-token cross-entropy"
+
+
+@pytest.mark.parametrize(
+    ("stage", "config", "checkpoint", "words"),
+    [
+        ("distill", {}, {}, [f"distillation: {KL}"]),
+        ("distill", {"objective": {"ce_weight": 0.25}}, {}, [f"0.75 x {KL} + 0.25 x {CE}"]),
+        ("distill", {"objective": {"ce_weight": 1.0}}, {}, [f"distillation: {CE}"]),
+        ("distill", {"objective": {"hidden_weight": 2.0}}, {}, [f"{KL} + 2 x squared error of the last hidden states"]),
+        ("distill", {"objective": {"kl_one_in": 12}}, {}, ["of one row in 12, divided by the tokens of all"]),
+        # The config of the last call says "live": the checkpoint knows better.
+        ("distill", {"teacher_output": "live"}, {"data": {"stream": {"teacher": "top-k of 64"}}},
+         ["over the teacher's 64 likeliest tokens and all others together"]),
+        ("distill", {"teacher_output": "live"}, {"config": {"teacher_output": "kept"}, "data": {"stream": {}}},
+         [f"{KL}, from the teacher's kept last hidden states"]),
+        ("distill", {"teacher_output": "kept"}, {"config": {"teacher_output": "live"}}, [f"distillation: {KL}"]),
+        ("distill", {"data": {"documents": "joined"}}, {}, [KL, "documents of a row joined, not masked"]),
+        ("align", {"data": {"documents": "joined"}}, {}, ["MSE", "documents of a row joined, not masked"]),
+        ("finetune", {"finetune_loss": "completions"}, {}, [CE, "in conversations on what the assistant says alone"]),
+        ("finetune", {"finetune": {"weights": "bfloat16"}}, {}, [CE, "weights and moments in bfloat16"]),
+        ("train", {}, {}, [f"from random parameters: {CE}"]),
+        ("train", {"start_from": "other/model"}, {}, [f"from `other/model`: {CE}"]),
+    ],
+)  # fmt: skip
+def test_an_objective_is_what_was_minimised(stage, config, checkpoint, words):
+    text = objective(stage, config, checkpoint)
+    assert all(word in text for word in words), text
+    assert ("likeliest" in text) == ("top-k" in str(checkpoint)) and ("kept" in text) == ("kept" in words[0])
+
+
+def test_the_teachers_output_is_that_of_the_checkpoint(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & {"state", "export"})
+    place = next((copy / "distill" / "checkpoints").glob("5/data/hypenet_checkpoint.json"))
+    about = read_json(place)
+    about["data"]["stream"]["teacher"] = "top-k of 8"
+    place.write_text(json.dumps(about))
+    config = hn.load(finished / "export")[0].config
+    assert "over the teacher's 8 likeliest tokens" in run_card(copy, config, "float32")
+    changed = read_json(copy / "config.json")
+    changed["select"]["scores"] = "scores.json"
+    (copy / "config.json").write_text(json.dumps(changed))
+    assert "method `kl-ls` over the scores of `scores.json`" in run_card(copy, config, "float32")

@@ -81,6 +81,23 @@ def test_completions_need_conversations(config, documents_file, packed, tmp_path
     precheck.check_text(config, TOKENIZER, packed, plain)
 
 
+def test_stage_3_needs_something_to_learn(config, documents_file, tmp_path):
+    """All that its rows hold is one user's long question: the answer lies behind them."""
+    pack(read_documents(documents_file), TOKENIZER, tmp_path / "plain", seed=0)
+    messages = [{"role": "user", "content": "Why? " * 2000}, {"role": "assistant", "content": "Because."}]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": messages}))
+    pack(read_documents(tmp_path / "long.jsonl"), TOKENIZER, tmp_path / "p", seed=0)
+    long, plain = PackedTokens(tmp_path / "p"), PackedTokens(tmp_path / "plain")
+    config = dataclasses.replace(config, select=dataclasses.replace(config.select, method="evenly"))
+    with pytest.raises(HypenetError, match="none of the 1,024 tokens that stage finetune reads .* by an assistant"):
+        precheck.check_text(config, TOKENIZER, long, plain)
+    everything = dataclasses.replace(config, finetune_loss="all")
+    precheck.check_text(everything, TOKENIZER, long, plain)
+    # Far enough, and over the end of the stream: 1,280 + 1,280 tokens come before, of about 10,000.
+    far = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, steps=40))
+    precheck.check_text(far, TOKENIZER, long, plain)
+
+
 def test_unknown_losses_are_refused(convert_config):
     with pytest.raises(HypenetError, match="finetune_loss is 'answers'; use one of all, completions"):
         load_config(convert_config, ["finetune_loss='answers'"])

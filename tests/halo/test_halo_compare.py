@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,11 @@ def test_a_stopped_comparison_goes_on_and_is_reported(program, tmp_path, content
     assert "step 3/3" not in capsys.readouterr().err
     found = json.loads((directory / "report" / "report.json").read_text())
     assert [row["total"] for row in found["lines"][2]["accuracy"]] == [3, 3]
+    # What is refused leaves the directory as it was, its config too.
+    before = contents(directory)
     for setting, words in (
+        ("model.rope_theta=500.0", "model.rope_theta was"),
+        ('variants=[{"name":"nope","position":"rope"}]', "the model has attention_rope = True but the checkpoints in"),
         ("evaluate.lengths=[128]", "in config section 'evaluate': length 128 is too short"),
         ("evaluate.perplexity_length=5000", "needs a held-out document of 5001 tokens"),
         ("fit_scale.length=5000", "in config section 'fit_scale': a length of 5000"),
@@ -108,6 +113,7 @@ def test_a_stopped_comparison_goes_on_and_is_reported(program, tmp_path, content
         assert words in capsys.readouterr().err
     assert run(program, directory, "train.steps=4") == 2
     assert "belongs to another run: train.steps was 3 and is 4" in capsys.readouterr().err
+    assert contents(directory) == before
 
 
 def weights(model: LanguageModel) -> dict:
@@ -189,6 +195,8 @@ GOOD = {
         ({"variants": (VariantConfig("a"), VariantConfig("a"))}, "each a name of its own"),
         ({"seeds": ()}, "seeds are"),
         ({"seeds": (0, 0)}, "seeds are"),
+        ({"seeds": (0, 2**32)}, "seeds are .* below 2\\*\\*32"),
+        ({"row_lengths": (640, 0)}, "row_lengths are .*; each must be at least 1"),
         ({"model": dataclasses.replace(GOOD["model"], attention_layers=None)}, "model.attention_layers is not given"),
         ({"model": dataclasses.replace(GOOD["model"], position="nope")}, "model.position is 'nope'; set it in the"),
         ({"model": dataclasses.replace(GOOD["model"], logits_scaling=50.0)}, "model.logits_scaling is 50.0"),
@@ -210,6 +218,10 @@ def test_comparisons_that_cannot_be(changes, words):
         ({"hybrid": False}, "is no hybrid but its position is 'hype'"),
         ({"name": "a/b"}, "usable as the name of a directory"),
         ({"name": ""}, "usable as the name of a directory"),
+        ({"name": "a\0b"}, "usable as the name of a directory"),
+        ({"scaling": "constant", "constant": 0.0}, "variant 'a' has the constant 0; it must be above 0 and finite"),
+        ({"constant": math.nan}, "variant 'a' has the constant nan"),
+        ({"intermediate_size": 0}, "variant 'a' has the intermediate_size 0; it must be at least 1"),
     ],
 )
 def test_variants_that_cannot_be(changes, words):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hypenet_jax.cli import main
-from hypenet_jax.halo import compare_selection
+from hypenet_jax.halo import compare_selection, variants
 from hypenet_jax.halo.workdir import read_json
 
 METHODS = ("halo", "jet-nemotron", "kl-ls", "kl-ls-restored", "evenly", "gate-search")
@@ -104,11 +104,33 @@ def test_stopped_and_continued_it_is_the_same(compared, convert_config, tmp_path
     assert told(read_json(selection / "table.json")) == told(read_json(compared / "selection" / "table.json"))
 
 
+def test_kl_ls_restored_may_join(compared, convert_config, tmp_path, on_one_device, monkeypatch):
+    """Probes that were made without it get its scores, and keep their own as they are."""
+    directory = tmp_path / "run"
+    shutil.copytree(compared, directory)
+    whole = {}
+    for path in (directory / "selection").glob("probes-seed*.json"):
+        whole[path] = read_json(path)
+        without = {key: value for key, value in whole[path].items() if key != "restored_kl"}
+        without["costs"] = {key: value for key, value in without["costs"].items() if key != "restored_kl"}
+        path.write_text(json.dumps(without))
+    monkeypatch.setattr(variants, "measure", lambda *a, **k: pytest.fail("the other probes were made again"))
+    assert main(command(convert_config, directory)) == 0
+    assert len(whole) == 2
+    for path, before in whole.items():
+        now = read_json(path)
+        assert now["restored_kl"] == before["restored_kl"] and now["kl"] == before["kl"]
+        assert now["costs"].keys() == before["costs"].keys() and now["costs"]["kl"] == before["costs"]["kl"]
+        assert now["costs"]["restored_kl"]["tokens"] == before["costs"]["restored_kl"]["tokens"]
+    assert told(read_json(directory / "selection/table.json")) == told(read_json(compared / "selection/table.json"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         (["compare.steps=4"], "comparison of other settings: distill.steps was 3 and is 4"),
         (["compare.seeds=(0,0)"], "each once"),
+        (["compare.seeds=(0,4294967296)"], "compare.seeds is (0, 4294967296); each must be at least 0 and below 2**32"),
         (["compare.methods=('best',)"], "compare.methods is 'best'"),
         (["compare.batch_size=0"], "compare.batch_size is 0"),
         (["compare.lengths=(100,)"], "'compare': length 100 is too short"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hypenet_jax as hn
+from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo.fit_scale import WIDEST, fit_scale, vertex, widened
 
 GRID = (3.0, 50.0, 1.5, 400.0)
@@ -100,3 +101,33 @@ def test_a_value_given_twice_is_tried_once():
     grid, losses = widened((5000.0, 20.0, 5000.0, 100.0), lambda a: (np.log(a) - np.log(9000.0)) ** 2)
     assert grid == [20.0, 100.0, 5000.0, 10_000.0, 20_000.0]
     assert vertex(grid, losses) == pytest.approx(9000.0)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_fit(student, broken):
+    model, params = student
+    windows = np.random.default_rng(6).integers(0, 31, (3, 41), dtype=np.int32)
+    bad = params | {"final_norm": np.full_like(params["final_norm"], broken)}
+    with pytest.raises(HypenetError, match="the loss with a = 1.5 is nan .*no fit"):
+        fit_scale(model, bad, windows, GRID, batch_size=2)
+
+
+@pytest.mark.parametrize("place", [0, 1, 3, 4, 7])
+def test_a_single_loss_that_is_not_finite_is_named(place):
+    """In the grid or where it was followed to: the smallest of all comparisons with nan would be nan itself."""
+    tried = []
+
+    def loss(a):
+        tried.append(a)
+        return math.nan if len(tried) == place + 1 else -a
+
+    with pytest.raises(HypenetError, match="is nan") as caught:
+        widened((10.0, 30.0, 100.0, 200.0), loss)
+    assert f"a = {tried[-1]:g} " in str(caught.value) and len(tried) == place + 1
+
+
+def test_the_unscaled_loss_must_be_finite_too(monkeypatch, student):
+    windows = np.random.default_rng(6).integers(0, 31, (2, 9), dtype=np.int32)
+    monkeypatch.setattr("hypenet_jax.halo.fit_scale.UNSCALED", math.nan)
+    with pytest.raises(HypenetError, match="without scaling"):
+        fit_scale(*student, windows, GRID)

@@ -169,6 +169,44 @@ def test_other_models_are_measured_beside_the_run_s_own(finished, convert_config
 
 
 @pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("run", "is the work directory of a run; give its model, {run}/export"),
+        ("bare", "is the work directory of a run that has no model yet; run `hypenet export`"),
+        ("run/align", "lacks the parameter"),
+        ("run/distill", None),
+        ("cut", "lacks the tensor"),
+        ("other", "has another tokenizer than the run's teacher"),
+    ],
+)
+def test_what_is_no_model_is_refused_before_anything_is_measured(
+    finished, convert_config, tmp_path, place, words, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "eval.json").unlink()
+    (tmp_path / "bare").mkdir()
+    shutil.copy(finished / "config.json", tmp_path / "bare")
+    for name in ("cut", "other"):
+        shutil.copytree(finished / "export", tmp_path / name)
+    config = read_json(tmp_path / "cut" / "config.json")
+    config |= {"num_hidden_layers": 3, "mixer_types": [*config["mixer_types"], config["mixer_types"][0]]}
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(config))
+    tokenizer = read_json(tmp_path / "other" / "tokenizer.json")
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    def measured(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "evaluate_model", measured)
+    command = ["evaluate", "--config", str(convert_config), "--workdir", str(run)]
+    assert main([*command, "--model", f"more={tmp_path / place}"]) == (130 if words is None else 2)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (words or "interrupted").format(run=run) in said
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         ("teacher=export", "is called 'teacher', a name of the run's own"),

@@ -82,7 +82,7 @@ def test_a_hypenet_from_scratch_stopped_and_continued(program, tmp_path, exporte
     assert "train: continuing from step" in capsys.readouterr().err
     assert exported(tmp_path / "stopped") == exported(tmp_path / "whole")
     card = (tmp_path / "whole" / "export" / "README.md").read_text()
-    assert "trained from scratch" in card and "## Perplexity" in card and "| train (from scratch" in card
+    assert "trained from scratch" in card and "## Perplexity" in card and "| train (from random parameters" in card
     assert "teacher" not in card and f"hypenet pretrain --config {program}" in card
     assert stage_records(tmp_path / "stopped" / "train") == records
 
@@ -98,6 +98,17 @@ def test_a_transformer_from_scratch_is_a_teacher(program, tmp_path):
     assert model.config.family == "qwen3" and model.config.attention_layers == (0, 1)
     student, sparams = hn.convert(model, params, [0], start="calibrated")
     assert np.isfinite(student.logits(sparams, np.arange(16, dtype=np.int32)[None])).all()
+
+
+def test_a_card_says_what_a_training_started_from(program, tmp_path):
+    few = ("train.steps=2", "evaluate.tasks=[]", "evaluate.prompts=[]")
+    assert run(program, tmp_path / "first", *few) == 0
+    start = tmp_path / "first" / "train"
+    assert run(program, tmp_path / "on", *few, f"start_from={start}", "start_share=0.5") == 0
+    card = (tmp_path / "on" / "export" / "README.md").read_text()
+    assert f"trained on from `train` (`{start}`)" in card and "its matrices times 0.5 plus 0.5 of random ones" in card
+    assert 'base_model: "train"' in card and f"| train (from `{start}`: next-token cross-entropy)" in card
+    assert "scratch" not in card.split("## Reproduce")[0] and "random parameters" not in card
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -142,6 +153,16 @@ def test_a_refusal_comes_before_the_first_step(program, tmp_path, capsys):
     # Nothing had begun, so that the mended config may have the directory.
     assert load_config(program).train.steps == 6
     assert run(program, tmp_path / "run", "train.steps=2", "evaluate.tasks=[]", "evaluate.prompts=[]") == 0
+
+
+def test_a_model_to_start_from_is_looked_at_first(program, tmp_path, byte_teacher, capsys):
+    for start, words in (
+        ("nowhere", "there is no model at nowhere"),
+        (byte_teacher, "is another network than `model`"),
+    ):
+        assert run(program, tmp_path / "run", f"start_from={start}") == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_other_kind_of_config(program, convert_config, tmp_path, capsys):

@@ -138,7 +138,16 @@ def test_command(saved, tmp_path, capsys):
     model, params = hn.load(tmp_path / "out")
     assert model == hn.load(saved / "after")[0]
     jax.tree.map(np.testing.assert_array_equal, params, restore(BEFORE, AFTER, (0, 2)))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`{saved / 'after'}`" in card and f"layers 0, 2 are those of `{saved / 'before'}`" in card
+    assert "method `copy`" in card and 'base_model: "after"' in card and "2606.11052" in card
+    assert (
+        f"hypenet qk-restore {saved / 'before'} {saved / 'after'} {tmp_path / 'out'} --method copy --layers 0,2\n"
+        in card
+    )
     assert main([*command, str(tmp_path / "one"), "--layers", "2", "--method", "procrustes"]) == 0
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "layers 2 are" in card and "method `procrustes`" in card and "--method procrustes --layers 2\n" in card
     jax.tree.map(
         np.testing.assert_array_equal, hn.load(tmp_path / "one")[1], restore(BEFORE, AFTER, (2,), "procrustes")
     )

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypenet_jax.cli import main
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo import select
 from hypenet_jax.halo.settings import SELECTION_METHODS
@@ -143,6 +144,21 @@ def test_what_cannot_be_ranked(call, words):
         ('{"layers": [{"layer": 0, "csr": "high", "recall": 0.1}]}', "ValueError"),
         ('{"layers": [{"layer": 0, "csr": NaN, "recall": 0.1}]}', "is no score"),
         ('{"layers": [{"layer": 0, "csr": 1, "recall": 1, "kl": 1}, {"layer": 1, "csr": 1, "recall": 1}]}', "'kl'"),
+        ('{"layers": [{"layer": 0, "csr": 1, "recall": 1}, {"layer": 1, "csr": 1, "recall": 1, "kl": 1}]}', "'kl'"),
+        ('{"layers": [{"layer": 0, "csr": 1' + 400 * "0" + ', "recall": 1}]}', "OverflowError"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"layers": [{"layer": 0, "csr": [1], "recall": 1}]}', "is no score"),
+        ('{"layers": [{"layer": 0, "csr": "0.5", "recall": 1}]}', "is no score"),
+        ('{"layers": [{"layer": 0, "csr": true, "recall": 1}]}', "is no score"),
+        ('{"layers": [{"layer": 0, "csr": {"a": {"b": 1}}, "recall": 1}]}', "is no score"),
+        (
+            '{"layers": [{"layer": 0, "csr": {"a": 1}, "recall": 1}, {"layer": 1, "csr": {"b": 1}, "recall": 1}]}',
+            "csr of layer 1 is of the tasks b and that of layer 0 of the tasks a",
+        ),
+        (
+            '{"layers": [{"layer": 0, "csr": {"a": 1}, "recall": 1}, {"layer": 1, "csr": 1, "recall": 1}]}',
+            "csr of layer 1 is of no task by name and that of layer 0 of the tasks a",
+        ),
     ],
 )
 def test_a_table_that_does_not_read(tmp_path, text, words):
@@ -158,6 +174,17 @@ def test_a_table_in_any_order_with_kl(tmp_path):
     rows = [{"layer": i, "csr": {"a": i, "b": i + 1}, "recall": 0.1 * i, "kl": 1.0 - i} for i in (2, 0, 1)]
     table.write_text(json.dumps({"layers": rows}))
     assert select.read_scores(table) == {"csr": [0.5, 1.5, 2.5], "recall": [0.0, 0.1, 0.2], "kl": [1.0, 0.0, -1.0]}
+
+
+@pytest.mark.parametrize("method", ["evenly", "none", "kl-ls", "halo"])
+def test_a_table_of_another_model(tmp_path, convert_config, on_one_device, capsys, method):
+    """The tiny teacher has two layers; a method that goes by position reads no score, but the table is as wrong."""
+    rows = [{"layer": i, "csr": 0.5, "recall": 0.5, "kl": 0.5} for i in range(3)]
+    (tmp_path / "scores.json").write_text(json.dumps({"layers": rows}))
+    flags = ["--set", f"select.scores={tmp_path / 'scores.json'}", "--set", f"select.method={method}"]
+    assert main(["select", "--config", str(convert_config), "--workdir", str(tmp_path / "run"), *flags]) == 2
+    assert f"{tmp_path / 'scores.json'} covers 3 layers but the model has 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_table(tmp_path):

@@ -142,6 +142,23 @@ def test_a_tree_that_is_not_the_models(tmp_path, spoil, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (None, "the parameters are of type NoneType; give the nested dict that `load` returns"),
+        ([1], "the parameters are of type list"),
+        ("embedding", "the parameter final_norm is of type str; it must be an array"),
+    ],
+)
+def test_what_is_no_tree_of_arrays(tmp_path, params, words):
+    config = CONFIGS["llama"]
+    if params == "embedding":
+        params = random_params(config) | {"final_norm": "x"}
+    with pytest.raises(HypenetError, match=words):
+        hub.save(LanguageModel(config), params, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_dtypes(tmp_path):
     model, params = LanguageModel(config=CONFIGS["llama"]), random_params(CONFIGS["llama"])
     with pytest.raises(HypenetError, match="'int8'"):

@@ -74,6 +74,15 @@ def test_greedy_takes_the_first_of_the_largest():
     np.testing.assert_array_equal(sample(logits_BV, jnp.zeros(2, jnp.uint32), 0, Sampling()), [1, 0])
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-37, 1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_a_temperature_near_zero_is_greedy(temperature, top_p):
+    """Logits divided by it would be infinite in float32, and all tokens alike."""
+    logits = jnp.asarray([[1.0, 30.0, 29.9, -4.0], [-9.0, -8.0, -7.0, -7.5]])
+    seeds = jnp.arange(2, dtype=jnp.uint32)
+    assert sample(logits, seeds, 0, Sampling(temperature, None, top_p)).tolist() == [1, 2]
+
+
 def test_a_row_depends_on_its_logits_seed_and_index_alone():
     draw = jax.jit(sample, static_argnums=3)
     logits_BV = np.stack([_logits(seed) for seed in range(8)])

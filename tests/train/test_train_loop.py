@@ -104,6 +104,25 @@ def test_a_checkpoint_continues_on_another_mesh(tmp_path, uninterrupted, axes):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+class Unlearned(Stream):
+    """Nothing of the batches 1, 2 and 12 is to be learned."""
+
+    def __next__(self):
+        batch = super().__next__()
+        return batch | {"loss_mask": batch["loss_mask"] & (self.position not in (1, 2, 12))}
+
+
+def test_a_batch_without_anything_to_learn_has_no_loss(tmp_path):
+    reporter = SilentReporter()
+    _, summary = run(tmp_path, stream=Unlearned(), reporter=reporter)
+    for record in reporter.records:
+        assert ("loss" in record) == ("accuracy" in record) == (record["step"] not in (1, 2, 12)), record
+        assert ("loss" in record) == (record["count"] > 0) and record["lr"] > 0
+    assert summary["step"] == 12 and "loss" not in summary and summary["tokens"] == 12 * 8 * 8
+    # A finished stage says the same again.
+    assert run(tmp_path, stream=Unlearned(), reporter=reporter)[1] == summary | {"resumed_from": 12}
+
+
 class Poisoned(Stream):
     """Marks batch number 6, the seventh, by a token that no other batch has."""
 

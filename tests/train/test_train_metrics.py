@@ -43,6 +43,14 @@ def test_plain_lines_away_from_a_terminal(tmp_path):
     assert out.getvalue() == "align  step 5/10  loss 2.5000  50 tokens/s  0:00:10 left\na word\n"
 
 
+def test_a_line_without_a_loss(tmp_path):
+    out = io.StringIO()
+    unlearned = {key: value for key, value in record(5).items() if key != "loss"} | {"count": 0.0}
+    with Reporter(tensorboard=False, stream=out).open("finetune", str(tmp_path), 10, 0) as reporter:
+        reporter.log(unlearned)
+    assert out.getvalue() == "finetune  step 5/10  no token to learn  50 tokens/s  0:00:10 left\n"
+
+
 def test_a_bar_on_a_terminal(tmp_path):
     out = Terminal()
     with Reporter(tensorboard=False, stream=out).open("align", str(tmp_path), 10, 0) as reporter:
