@@ -190,6 +190,7 @@ def _scores(run: Run, method: str) -> dict:
 def measured(run: Run, mixers: dict, seed: int, *, restored: bool, costs: dict | None = None) -> dict:
     """The scores of all variants on the probes that `seed` draws; with `restored` those of KL-LS's direction too."""
     settings, params = run.config.select, run.teacher_params
+    between = partial(stop_if_asked, run.reporter.message, "select")
     rows, choices = probes(settings, run.tokenizer, run.heldout, seed)
     student = student_model(run, ())
 
@@ -198,12 +199,14 @@ def measured(run: Run, mixers: dict, seed: int, *, restored: bool, costs: dict |
             f"select  without the attention of layer {layer}: recall {scores['recall']:.3f}, "
             f"choice {scores['csr']:.3f}, KL {scores['kl']:.4f}"
         )
-        stop_if_asked(run.reporter.message, "select")
+        between()
 
     common: dict = {"recall_rows": rows, "batch_size": settings.batch_size, "costs": costs}
     scores = variants.measure(run.teacher, params, student, mixers, choices=choices, report=report, **common)
     if restored:
-        scores["restored_kl"] = variants.measure_restored(run.teacher, params, student, mixers, **common)
+        scores["restored_kl"] = variants.measure_restored(
+            run.teacher, params, student, mixers, between=between, **common
+        )
     return scores
 
 

@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import types
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from hypenet_jax.halo import fit_scale, pipeline, run, variants
 from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.hub import weights_out
 from hypenet_jax.parallel.mesh import make_mesh
-from hypenet_jax.train import preemption
 from hypenet_jax.train.metrics import Reporter
 from hypenet_jax.train.preemption import EXIT_PREEMPTED
 
@@ -240,14 +238,10 @@ def test_sigterm_outside_training_ends_with_75_and_leaves_nothing_half_done(
     ],
 )
 def test_of_several_processes_all_stop_at_the_same_place(
-    finished, convert_config, tmp_path, monkeypatch, capfd, command, product
+    finished, convert_config, tmp_path, of_two_processes, capfd, command, product
 ):
-    """There SIGTERM is heard by jax.distributed, whose answer to all of them is played here."""
-    copy = tmp_path / "run"
+    copy, of_two_processes.asked = tmp_path / "run", True
     shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & {product, "report"})
-    distributed = types.SimpleNamespace(is_initialized=lambda: True)
-    monkeypatch.setattr(preemption, "jax", types.SimpleNamespace(process_count=lambda: 2, distributed=distributed))
-    monkeypatch.setattr(preemption, "_all_asked", lambda: True)
     with pytest.raises(SystemExit) as stopped:
         main([command, "--config", str(convert_config), "--workdir", str(copy)])
     assert stopped.value.code == EXIT_PREEMPTED and "stopped; the same command continues" in capfd.readouterr().err
