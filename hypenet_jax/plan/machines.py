@@ -62,6 +62,8 @@ class Machine:
 GPU_SHARE = 0.95
 # GPUs of one host, which NVLink joins.
 GPUS_A_HOST, MOST_HOSTS = 8, 128
+# Virtual devices of a CPU, which all share its cores.
+MOST_CPUS = 64
 V5E = Chip(15.75, 197e12, 819e9, 50e9, 3.125e9)
 V5P = Chip(95.74, 459e12, 2765e9, 100e9, 6.25e9)
 V6E = Chip(31.25, 918e12, 1640e9, 100e9, 12.5e9)

@@ -114,6 +114,20 @@ def test_mistakes_are_one_sentence(config_file, capsys, words, sentence):
         raise HypenetError(said[0])
 
 
+def test_what_is_not_a_plan_is_not_overwritten(config_file, tmp_path, capsys):
+    notes, page = tmp_path / "notes.md", tmp_path / "plan.html"
+    notes.write_text("mine")
+    page.write_text("<html>mine")
+    words = ["plan", "--config", str(config_file), "--topology", "cpu8", "--stages", "distill"]
+    for more, sentence in (
+        (["--json", str(notes)], f"{notes} exists and holds something else than such records; name another file"),
+        (["--out", str(tmp_path)], f"{page} exists and is not a page of this command; name another directory"),
+    ):
+        assert main([*words, *more]) == 2
+        assert capsys.readouterr().err == f"hypenet: {sentence}\n"
+    assert notes.read_text() == "mine" and page.read_text() == "<html>mine"
+
+
 def test_a_missing_compiler_has_its_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(machines, "APART", tmp_path)
     monkeypatch.setattr(machines.importlib.util, "find_spec", lambda name: None)
