@@ -65,8 +65,12 @@ def plan(
     machines, given = [machine(name) for name in topologies], [parsed_mesh(text) for text in meshes]
     use_cpu(max((m.chips for m in machines if m.platform == "cpu"), default=1))
     wanted = list(stages or stages_of(config))
-    cells = [_cell(config, one, axes) for one in machines for axes in given or [_default_mesh(config, one)]]
+    cells = []
     # What can be wrong is said before the first compilation, which may take minutes.
+    for one in machines:
+        for axes in given or [_default_mesh(config, one)]:
+            with named(f"{one.name}, mesh {written(axes)}"):
+                cells.append(_cell(config, one, axes))
     for cell in cells:
         for stage in wanted:
             with named(f"{stage} on {cell.machine.name}, mesh {written(cell.axes)}"):
