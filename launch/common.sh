@@ -33,10 +33,12 @@ need_value() { # OPTION REMAINING_ARGUMENTS
   (($2 >= 2)) || usage_error "$1 needs a value; see --help"
 }
 
+MOST_NAME=40
+export MOST_NAME
 check_name() {
   [[ -n $1 ]] || usage_error "the job has no name; give --name NAME"
-  [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-    usage_error "the name '$1' has characters that clusters refuse; use up to 40 of a-z, 0-9 and -, a letter first"
+  [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#1} -le $MOST_NAME ]] ||
+    usage_error "the name '$1' is none that clusters take; use up to $MOST_NAME of a-z, 0-9 and -, a letter first"
 }
 
 check_number() { # OPTION VALUE [LEAST]

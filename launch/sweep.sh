@@ -47,16 +47,37 @@ while (($# > 0)); do
 done
 check_name "$NAME"
 check_command "${COMMAND[@]}"
-read -ra LIST <<<"$MESHES"
+# All lines of it: read ends at the first otherwise, and says so with an error at the end of the text.
+read -rd '' -a LIST <<<"$MESHES" || true
 ((${#LIST[@]} > 0)) || usage_error "there are no meshes; give --meshes \"mesh.fsdp=8 mesh.fsdp=4,mesh.seq=2\""
-read -ra LAUNCHER <<<"$THROUGH"
+read -rd '' -a LAUNCHER <<<"$THROUGH" || true
 case ${LAUNCHER[0]:-} in
   gpu_local.sh | slurm.sh | gke.sh | tpu_pod.sh) ;;
   *) usage_error "--through is '$THROUGH'; give gpu_local.sh, slurm.sh, gke.sh or tpu_pod.sh with its options" ;;
 esac
-if [[ " ${COMMAND[*]} " == *" --workdir "* && ${COMMAND[*]} != *@MESH@* ]]; then
-  usage_error "all runs would share the command's --workdir, and go on with each other; put @MESH@ into it"
-fi
+for word in "${LAUNCHER[@]:1}"; do
+  case $word in -- | --down | --help | -h | --name) usage_error "--through has $word, which the sweep cannot pass on; leave it out" ;; esac
+done
+# tpu_pod.sh runs all under the sweep's own name.
+longest=$NAME-${#LIST[@]}
+[[ ${LAUNCHER[0]} == tpu_pod.sh ]] || ((${#longest} <= MOST_NAME)) ||
+  usage_error "the run's name '$longest' has more than $MOST_NAME characters; give a shorter --name"
+
+check_workdir() { # the value of a --workdir
+  [[ $1 == *@MESH@* ]] || usage_error "all runs would share the command's --workdir '$1', and go on with each other; put @MESH@ into it"
+}
+
+# Each of them, for hypenet takes the last, and any beginning of an option's name that no other option has.
+follows=0
+for word in "${COMMAND[@]}"; do
+  if ((follows)); then
+    check_workdir "$word" && follows=0
+  elif [[ $word =~ ^--wo?r?k?d?i?r?$ && ${COMMAND[0]} != scaling ]]; then
+    follows=1
+  elif [[ $word =~ ^--wo?r?k?d?i?r?= ]]; then
+    check_workdir "${word#*=}"
+  fi
+done
 RESULTS=${RESULTS:-launch-logs/$NAME}
 [[ $DRY_RUN == 1 ]] || mkdir -p "$RESULTS"
 
