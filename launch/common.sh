@@ -51,18 +51,19 @@ check_command() { # the hypenet command after --
   (($# > 0)) || usage_error "there is no hypenet command; put it after --, as in: -- distill --config C --workdir W"
 }
 
-# Files are appended to and renamed, which buckets do not know: each gs://BUCKET/... among the words of COMMAND becomes a
-# path under BUCKET_ROOT, where the launcher mounts the BUCKETS with gcsfuse.
+# Files are appended to and renamed, which buckets do not know: each gs://BUCKET/... among the words of COMMAND, also as
+# the value of OPTION=gs://..., becomes a path under BUCKET_ROOT, where the launcher mounts the BUCKETS with gcsfuse.
 BUCKET_ROOT=/mnt/buckets BUCKETS=()
 export BUCKET_ROOT
 mount_buckets_of_command() {
-  local index bucket
+  local index bucket option word
   for index in "${!COMMAND[@]}"; do
-    [[ ${COMMAND[index]} == gs://* ]] || continue
-    [[ ${COMMAND[index]} =~ ^gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/(.+)$ ]] ||
-      usage_error "'${COMMAND[index]}' is no path in a bucket; give gs://BUCKET/FOLDER"
+    [[ ${COMMAND[index]} =~ ^([A-Za-z0-9_.-]+=)?(gs://.*)$ ]] || continue
+    option=${BASH_REMATCH[1]} word=${BASH_REMATCH[2]}
+    [[ $word =~ ^gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/(.+)$ ]] ||
+      usage_error "'$word' is no path in a bucket; give gs://BUCKET/FOLDER"
     bucket=${BASH_REMATCH[1]}
-    COMMAND[index]=$BUCKET_ROOT/$bucket/${BASH_REMATCH[2]}
+    COMMAND[index]=$option$BUCKET_ROOT/$bucket/${BASH_REMATCH[2]}
     [[ " ${BUCKETS[*]} " == *" $bucket "* ]] || BUCKETS+=("$bucket")
   done
 }
