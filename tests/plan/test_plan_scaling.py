@@ -1,6 +1,12 @@
 """`hypenet scaling` runs real steps on subsets of the devices here."""
 
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from test_plan_cpu import CONFIG
@@ -8,6 +14,8 @@ from test_plan_cpu import CONFIG
 from hypenet_jax.cli import main
 from hypenet_jax.plan import scaling as module
 from hypenet_jax.plan.trace import _covered
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,22 @@ def test_a_run_that_is_cut_off_keeps_what_it_has_measured(config_file, tmp_path,
     calls.append(None)
     assert main([*words[:3], "--meshes", "fsdp=1", *words[7:]]) == 0
     assert len(json.loads((tmp_path / "new/s.json").read_text())) == 1
+
+
+def test_sigterm_ends_it_at_once_and_what_was_measured_is_there(config_file, tmp_path):
+    file = tmp_path / "s.json"
+    words = ["scaling", "--config", str(config_file), "--meshes", "fsdp=1", "fsdp=2", "--json", str(file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "hypenet_jax.cli", *words], env=environment, stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not file.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        running.terminate()
+        # As a shell writes it: 143.
+        assert running.wait(30) == -signal.SIGTERM and "Traceback" not in running.stderr.read()
+    assert [record["devices"] for record in json.loads(file.read_text())] == [1]
 
 
 @pytest.mark.parametrize(
