@@ -49,6 +49,8 @@ check_number() { # OPTION VALUE [LEAST]
 
 check_command() { # the hypenet command after --
   (($# > 0)) || usage_error "there is no hypenet command; put it after --, as in: -- distill --config C --workdir W"
+  [[ $1 != hypenet ]] || usage_error "the command begins with hypenet's own name; leave out 'hypenet'"
+  [[ $1 =~ ^[a-z][a-z-]*$ ]] || usage_error "'$1' is no hypenet command; put one first, as in: -- distill --config C --workdir W"
 }
 
 # Files are appended to and renamed, which buckets do not know: each gs://BUCKET/... among the words of COMMAND, also as

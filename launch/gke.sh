@@ -60,6 +60,7 @@ while (($# > 0)); do
   esac
 done
 check_name "$NAME"
+[[ $NAMESPACE =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] || usage_error "the namespace is '$NAMESPACE'; give a Kubernetes name, such as default"
 KUBECTL=(kubectl "--namespace=$NAMESPACE")
 STATUS='--output=jsonpath={.status.restarts}/{.status.terminalState}'
 need_program kubectl "install it and connect it to the cluster"

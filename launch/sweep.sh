@@ -78,38 +78,51 @@ for word in "${COMMAND[@]}"; do
     check_workdir "${word#*=}"
   fi
 done
+for mesh in "${LIST[@]}"; do
+  [[ ,$mesh, != *,,* ]] || usage_error "the mesh '$mesh' has an empty value; give comma-separated values for --set"
+done
 RESULTS=${RESULTS:-launch-logs/$NAME}
-[[ $DRY_RUN == 1 ]] || mkdir -p "$RESULTS"
 
-failed=0 rows=$'name\tmesh\texit_code\tseconds'
-for index in "${!LIST[@]}"; do
-  job=$NAME-$((index + 1))
-  IFS=, read -ra values <<<"${LIST[index]}"
-  sets=()
+# Sets JOB, and LINE to the launcher's command for it.
+line_of() { # INDEX [--dry-run]
+  local values value sets=()
+  JOB=$NAME-$(($1 + 1))
+  IFS=, read -ra values <<<"${LIST[$1]}"
   for value in "${values[@]}"; do sets+=(--set "$value"); done
-  words=("${COMMAND[@]//@MESH@/$job}")
-  line=("$ROOT/launch/${LAUNCHER[0]}" "${LAUNCHER[@]:1}")
+  LINE=("$ROOT/launch/${LAUNCHER[0]}" "${LAUNCHER[@]:1}")
   case ${LAUNCHER[0]} in
     # One resource for all, not one that costs money for each.
-    tpu_pod.sh) line+=(--name "$NAME" --logs "$RESULTS/$job") ;;
+    tpu_pod.sh) LINE+=(--name "$NAME" --logs "$RESULTS/$JOB") ;;
     # Slurm's launcher would otherwise be done as soon as the job is in the queue.
-    slurm.sh) line+=(--name "$job" --wait) ;;
-    *) line+=(--name "$job") ;;
+    slurm.sh) LINE+=(--name "$JOB" --wait) ;;
+    *) LINE+=(--name "$JOB") ;;
   esac
-  [[ $DRY_RUN == 0 ]] || line+=(--dry-run)
-  line+=(-- "${words[@]}" "${sets[@]}")
-  if [[ $DRY_RUN == 1 ]]; then
-    "${line[@]}"
-    continue
-  fi
-  say "'$job': ${LIST[index]}"
+  LINE+=("${@:2}" -- "${COMMAND[@]//@MESH@/$JOB}" "${sets[@]}")
+}
+
+# A mistake in the launcher's options would end every run alike.
+line_of 0 --dry-run
+"${LINE[@]}" >/dev/null || exit
+if [[ $DRY_RUN == 1 ]]; then
+  for index in "${!LIST[@]}"; do
+    line_of "$index" --dry-run
+    "${LINE[@]}"
+  done
+  exit 0
+fi
+
+mkdir -p "$RESULTS"
+failed=0 rows=$'name\tmesh\texit_code\tseconds'
+for index in "${!LIST[@]}"; do
+  line_of "$index"
+  say "'$JOB': ${LIST[index]}"
   start=$SECONDS code=0
-  "${line[@]}" >"$RESULTS/$job.log" 2>&1 || code=$?
+  "${LINE[@]}" >"$RESULTS/$JOB.log" 2>&1 || code=$?
   [[ $code != 130 ]] || exit 130
-  [[ $code == 0 ]] || { failed=1 && say "'$job' ended with exit code $code (last words: $(tail -n 1 "$RESULTS/$job.log"))"; }
-  rows+=$'\n'"$job"$'\t'"${LIST[index]}"$'\t'"$code"$'\t'"$((SECONDS - start))"
+  [[ $code == 0 ]] || { failed=1 && say "'$JOB' ended with exit code $code (last words: $(tail -n 1 "$RESULTS/$JOB.log"))"; }
+  rows+=$'\n'"$JOB"$'\t'"${LIST[index]}"$'\t'"$code"$'\t'"$((SECONDS - start))"
   printf '%s\n' "$rows" >"$RESULTS/results.tsv.tmp"
   mv "$RESULTS/results.tsv.tmp" "$RESULTS/results.tsv"
 done
-[[ $DRY_RUN == 1 ]] || say "the results are in $RESULTS/results.tsv"
+say "the results are in $RESULTS/results.tsv"
 exit "$failed"

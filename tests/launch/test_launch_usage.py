@@ -79,6 +79,19 @@ def test_a_dry_run_pasted_into_a_shell_does_what_the_launcher_does(cluster, scri
         ("slurm.sh", ("--partition", "a b"), "the partition 'a b'"),
         ("slurm.sh", ("--time", "one day"), "--time is 'one day'"),
         ("gpu_local.sh", ("--gpus", "a"), "--gpus is 'a'"),
+        ("slurm.sh", ("--time", "::"), "--time is '::'"),
+        ("slurm.sh", ("--logs", "a\n#SBATCH --nodes=99"), "--logs is $'a\\n#SBATCH --nodes=99'"),
+        ("slurm.sh", ("--logs", "a%j"), "--logs is a%j"),
+        ("slurm.sh", ("--env", ""), "--env is empty"),
+        ("gke.sh", ("--namespace", "a b"), "the namespace is 'a b'"),
+        ("gke.sh", ("--namespace", ""), "the namespace is ''"),
+        ("gpu_local.sh", ("--hypenet", ""), "--hypenet is empty"),
+        ("tpu_pod.sh", ("--zone", "z z"), "the zone is 'z z'"),
+        ("tpu_pod.sh", ("--project", "p p"), "the project is 'p p'"),
+        ("tpu_pod.sh", ("--type", "v5p-8;x"), "the type 'v5p-8;x'"),
+        ("sweep.sh", ("--meshes", "a=1 b=2,,c=3"), "the mesh 'b=2,,c=3' has an empty value"),
+        ("sweep.sh", ("--meshes", "a=1,"), "the mesh 'a=1,' has an empty value"),
+        ("sweep.sh", ("--meshes", "a=1", "--through", "slurm.sh --nodes 0"), "slurm.sh: --nodes is '0'"),
         ("sweep.sh", ("--meshes", " "), "there are no meshes"),
         ("sweep.sh", ("--through", "rm -rf"), "--through is 'rm -rf'"),
     ],
@@ -144,6 +157,27 @@ def test_what_a_sweep_gives_its_launcher_itself(cluster, word):
 def test_no_command_is_a_mistake(cluster, script):
     refused = cluster.run(script, *ARGUMENTS[script])
     assert refused.returncode == 2 and "after --" in refused.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("",), "'' is no hypenet command"),
+        (("--config", "c.py", "distill"), "'--config' is no hypenet command"),
+        (("hypenet", "distill"), "leave out 'hypenet'"),
+    ],
+)
+def test_what_is_no_command_of_hypenet(cluster, script, command, words):
+    refused = cluster.run(script, *ARGUMENTS[script], "--", *command)
+    assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+    assert len(refused.stderr.splitlines()) == 1 and cluster.calls == []
+
+
+@pytest.mark.parametrize("word", ["gs://bucket/w", "--workdir=gs://bucket/w"])
+def test_slurm_mounts_no_bucket(cluster, word):
+    refused = cluster.run("slurm.sh", *ARGUMENTS["slurm.sh"], "--", "distill", word)
+    assert refused.returncode == 2 and f"'{word}' is in a bucket" in refused.stderr and cluster.calls == []
 
 
 @pytest.mark.parametrize("script, program", [("tpu_pod.sh", "gcloud"), ("gke.sh", "kubectl"), ("slurm.sh", "sbatch")])
