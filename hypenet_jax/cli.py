@@ -1,7 +1,8 @@
 """`hypenet <command>`: parses, calls one function, prints.
 
 Exit codes: 0 done, 2 a mistake of the user's, 75 preempted (the same command continues), 76 another process of the run
-was lost (it continues too, if the cause is gone), 130 interrupted, 141 the reader of the output has left.
+was lost (it continues too, if the cause is gone), 130 interrupted, 141 the reader of the output has left. Commands
+without a work directory have nothing to continue from: the system ends them at SIGTERM (143).
 """
 
 from __future__ import annotations

@@ -33,10 +33,12 @@ need_value() { # OPTION REMAINING_ARGUMENTS
   (($2 >= 2)) || usage_error "$1 needs a value; see --help"
 }
 
+MOST_NAME=40
+export MOST_NAME
 check_name() {
   [[ -n $1 ]] || usage_error "the job has no name; give --name NAME"
-  [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-    usage_error "the name '$1' has characters that clusters refuse; use up to 40 of a-z, 0-9 and -, a letter first"
+  [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#1} -le $MOST_NAME ]] ||
+    usage_error "the name '$1' is none that clusters take; use up to $MOST_NAME of a-z, 0-9 and -, a letter first"
 }
 
 check_number() { # OPTION VALUE [LEAST]
@@ -47,20 +49,23 @@ check_number() { # OPTION VALUE [LEAST]
 
 check_command() { # the hypenet command after --
   (($# > 0)) || usage_error "there is no hypenet command; put it after --, as in: -- distill --config C --workdir W"
+  [[ $1 != hypenet ]] || usage_error "the command begins with hypenet's own name; leave out 'hypenet'"
+  [[ $1 =~ ^[a-z][a-z-]*$ ]] || usage_error "'$1' is no hypenet command; put one first, as in: -- distill --config C --workdir W"
 }
 
-# Files are appended to and renamed, which buckets do not know: each gs://BUCKET/... among the words of COMMAND becomes a
-# path under BUCKET_ROOT, where the launcher mounts the BUCKETS with gcsfuse.
+# Files are appended to and renamed, which buckets do not know: each gs://BUCKET/... among the words of COMMAND, also as
+# the value of OPTION=gs://..., becomes a path under BUCKET_ROOT, where the launcher mounts the BUCKETS with gcsfuse.
 BUCKET_ROOT=/mnt/buckets BUCKETS=()
 export BUCKET_ROOT
 mount_buckets_of_command() {
-  local index bucket
+  local index bucket option word
   for index in "${!COMMAND[@]}"; do
-    [[ ${COMMAND[index]} == gs://* ]] || continue
-    [[ ${COMMAND[index]} =~ ^gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/(.+)$ ]] ||
-      usage_error "'${COMMAND[index]}' is no path in a bucket; give gs://BUCKET/FOLDER"
+    [[ ${COMMAND[index]} =~ ^([A-Za-z0-9_.-]+=)?(gs://.*)$ ]] || continue
+    option=${BASH_REMATCH[1]} word=${BASH_REMATCH[2]}
+    [[ $word =~ ^gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/(.+)$ ]] ||
+      usage_error "'$word' is no path in a bucket; give gs://BUCKET/FOLDER"
     bucket=${BASH_REMATCH[1]}
-    COMMAND[index]=$BUCKET_ROOT/$bucket/${BASH_REMATCH[2]}
+    COMMAND[index]=$option$BUCKET_ROOT/$bucket/${BASH_REMATCH[2]}
     [[ " ${BUCKETS[*]} " == *" $bucket "* ]] || BUCKETS+=("$bucket")
   done
 }

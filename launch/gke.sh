@@ -60,6 +60,7 @@ while (($# > 0)); do
   esac
 done
 check_name "$NAME"
+[[ $NAMESPACE =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] || usage_error "the namespace is '$NAMESPACE'; give a Kubernetes name, such as default"
 KUBECTL=(kubectl "--namespace=$NAMESPACE")
 STATUS='--output=jsonpath={.status.restarts}/{.status.terminalState}'
 need_program kubectl "install it and connect it to the cluster"
@@ -77,25 +78,38 @@ mount_buckets_of_command
 HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
 ((HOSTS >= 1 && HOSTS * CHIPS == ${TOPOLOGY//x/*})) || usage_error "$TOPOLOGY does not divide into hosts of $CHIPS chips; give --chips-per-host"
 
+# A word as a YAML string from which Kubernetes makes that word: it reads $(NAME) as a variable, and $$ as a dollar.
+yaml_word() {
+  local word=$1
+  word=${word//\\/\\\\}
+  word=${word//\"/\\\"}
+  word=${word//$'\n'/\\n}
+  word=${word//$'\t'/\\t}
+  word=${word//$'\r'/\\r}
+  printf '"%s"' "${word//\$/\$\$}"
+}
+
+ARGUMENTS='' BUCKET=${BUCKETS[0]:-} MOUNT=$BUCKET_ROOT/${BUCKETS[0]:-}
+export BUCKET MOUNT
+for word in "${COMMAND[@]}"; do
+  [[ ${word//[$'\n\t\r']/} != *[[:cntrl:]]* ]] || usage_error "the word $(printf %q "$word") has a control character; leave it out"
+  ARGUMENTS+="${ARGUMENTS:+, }$(yaml_word "$word")"
+done
+
+# The template with its words between at signs replaced, once: what takes their places is not looked at again.
 render() {
-  local text arguments='' word
-  for word in "${COMMAND[@]}"; do
-    word=${word//\\/\\\\}
-    arguments+="${arguments:+, }\"${word//\"/\\\"}\""
-  done
-  text=$(<"$ROOT/launch/gke.yaml")
-  local key
-  for key in NAME IMAGE ACCELERATOR TOPOLOGY CHIPS HOSTS SERVICE_ACCOUNT RESTARTS; do
-    text=${text//"@$key@"/"${!key}"}
-  done
-  text=${text//"@ARGUMENTS@"/"$arguments"}
-  if ((${#BUCKETS[@]} > 0)); then
-    text=${text//"@BUCKET@"/"${BUCKETS[0]}"}
-    text=${text//"@MOUNT@"/"$BUCKET_ROOT/${BUCKETS[0]}"}
-    text=${text//"# bucket: "/}
+  local rest filled=''
+  # The lines of a bucket are comments, which go where there is none.
+  if [[ -n $BUCKET ]]; then
+    rest=$(sed 's/# bucket: //' "$ROOT/launch/gke.yaml")
+  else
+    rest=$(sed '/# bucket: /d' "$ROOT/launch/gke.yaml")
   fi
-  # What is left of a bucket's lines is a comment without one.
-  printf '%s\n' "$text" | grep -v '# bucket: ' || true
+  while [[ $rest =~ @([A-Z_]+)@ ]]; do
+    filled+=${rest%%"${BASH_REMATCH[0]}"*}${!BASH_REMATCH[1]}
+    rest=${rest#*"${BASH_REMATCH[0]}"}
+  done
+  printf '%s\n' "$filled$rest"
 }
 
 if [[ $DRY_RUN == 1 ]]; then

@@ -45,6 +45,7 @@ done
 check_name "$NAME"
 check_command "${COMMAND[@]}"
 [[ -z $GPUS || $GPUS =~ ^[0-9]+(,[0-9]+)*$ ]] || usage_error "--gpus is '$GPUS'; give numbers with commas, such as 0,1"
+[[ -n $HYPENET ]] || usage_error "--hypenet is empty; give the program's path"
 need_program "$HYPENET" "activate its environment, or give --hypenet"
 
 LINE=()

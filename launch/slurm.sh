@@ -64,9 +64,14 @@ if ((DOWN)); then
 fi
 check_command "${COMMAND[@]}"
 [[ -n $NODES ]] || usage_error "the number of hosts is missing; give --nodes N"
-[[ $TIME =~ ^[0-9:-]+$ ]] || usage_error "--time is '$TIME'; give Slurm's form, such as 24:00:00"
+[[ $TIME =~ ^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$ ]] || usage_error "--time is '$TIME'; give Slurm's form, such as 24:00:00"
 [[ $PARTITION$ACCOUNT =~ ^[A-Za-z0-9_.,-]*$ ]] || usage_error "the partition '$PARTITION' or the account '$ACCOUNT' is no name that Slurm knows"
-[[ $LOGS != *[\"\\]* ]] || usage_error "--logs is '$LOGS'; give a path without quotes and backslashes"
+# Slurm reads it in a comment of the script, where % begins a pattern.
+[[ $LOGS != *[\"\\%[:cntrl:]]* ]] || usage_error "--logs is $(printf %q "$LOGS"); give a path without quotes, backslashes, % and line breaks"
+[[ -n $ENVIRONMENT ]] || usage_error "--env is empty; give the directory of the virtual environment"
+for word in "${COMMAND[@]}"; do
+  [[ ! $word =~ ^([A-Za-z0-9_.-]+=)?gs:// ]] || usage_error "'$word' is in a bucket, which is not mounted here; give a path that all hosts see"
+done
 need_program sbatch "log in to a host of the cluster"
 LOGS=${LOGS:-$PWD/launch-logs/$NAME}
 

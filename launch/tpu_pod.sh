@@ -73,6 +73,8 @@ parse() {
   done
   check_name "$NAME"
   [[ -n $ZONE ]] || usage_error "there is no zone; give --zone, such as us-west4-a"
+  [[ $ZONE =~ ^[a-z0-9-]+$ ]] || usage_error "the zone is '$ZONE'; give one such as us-west4-a"
+  [[ $PROJECT =~ ^[a-z0-9:.-]*$ ]] || usage_error "the project is '$PROJECT'; give its id"
   need_program gcloud "install the Google Cloud CLI"
   LOGS=${LOGS:-launch-logs/$NAME}
   WHERE=("--zone=$ZONE")
@@ -81,6 +83,7 @@ parse() {
   check_command "${COMMAND[@]}"
   mount_buckets_of_command
   [[ -n $TYPE ]] || usage_error "there is no accelerator type; give --type, such as v5litepod-16"
+  [[ $TYPE =~ ^[a-z0-9-]+$ ]] || usage_error "the type '$TYPE' is none of the Cloud's; give --type, such as v5litepod-16"
   RUNTIME=${RUNTIME:-$(runtime_of "$TYPE")}
   [[ -n $RUNTIME ]] || usage_error "the type '$TYPE' has no known software version; give --runtime"
 }

@@ -33,6 +33,7 @@ from hypenet_jax.parallel.rules import batch_sharding, param_shardings, replicat
 from hypenet_jax.train.loop import place_batch
 from hypenet_jax.train.losses import distill_loss, lm_loss
 from hypenet_jax.train.optim import learning_rate
+from hypenet_jax.train.preemption import stop_if_asked
 from hypenet_jax.train.stage import FREE_FIELDS, StageConfig
 from hypenet_jax.train.step import abstract_state, create_state, update
 
@@ -204,6 +205,7 @@ class Bench:
         frozen = {"teacher": self.frozen, "objective": self._objective(study, variant) if name == "distill" else {}}
         curve = [{"tokens": before, **self._measure(name, state["params"], stage)}]
         for done in range(1, stage.steps + 1):
+            stop_if_asked(run.reporter.message, f"ablate {study.name}")
             batch = place_batch(next(batches), stage, run.mesh)
             with jax.set_mesh(run.mesh):
                 state, _ = step(state, frozen, rates, batch)
@@ -308,6 +310,7 @@ class Bench:
         essays = config.evaluate.essays or self._essays
         rows = []
         for length in config.ablate.needle_lengths:
+            stop_if_asked(self.run.reporter.message, "ablate")
             task, settings = config.ablate.needle_task, config.evaluate
             found = suite.needles(self.student, params, self.run.tokenizer, settings, task, length, essays, config.seed)
             right, total = (sum(row[key] for row in found) for key in ("correct", "total"))

@@ -11,6 +11,8 @@ import json
 import os
 import pathlib
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,6 +41,7 @@ from hypenet_jax.train.checkpoint import read_latest
 from hypenet_jax.train.loop import check_rows, check_same_run, train
 from hypenet_jax.train.losses import lm_loss
 from hypenet_jax.train.metrics import ReporterLike
+from hypenet_jax.train.preemption import stop_if_asked
 
 RUNS, RESULTS, COMPILED = "runs", "results", "compiled"
 # Variants and seeds may join a comparison; results that were measured otherwise are measured again.
@@ -100,8 +103,10 @@ def _train_and_measure(
             name = f"{variants[0].name}-seed{seed}"
             params, summary = _trained(model, text, config, path, name, seed, mesh, reporter)
             for variant in missing:
-                with timed(path, f"evaluate {variant.name}-seed{seed}"):
-                    found = measure(model, params, variant, config, material)
+                result = f"{variant.name}-seed{seed}"
+                between = partial(stop_if_asked, reporter.message, f"evaluate {result}")
+                with timed(path, f"evaluate {result}"):
+                    found = measure(model, params, variant, config, material, between)
                 write_json(_result(path, variant, seed), found | {"seed": seed, "training": summary})
                 reporter.message(_line(variant, seed, found["niah"]))
 
@@ -183,22 +188,32 @@ def _material(config: ComparisonConfig, tokenizer: Tokenizer, heldout: PackedTok
 
 
 def measure(
-    model: LanguageModel, params: dict, variant: VariantConfig, config: ComparisonConfig, material: _Material
+    model: LanguageModel,
+    params: dict,
+    variant: VariantConfig,
+    config: ComparisonConfig,
+    material: _Material,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """One variant's numbers, JSON-able: needles, loss by position, the scaling they were measured with."""
+    """One variant's numbers, JSON-able: needles, loss by position, the scaling they were measured with.
+
+    `between` is called before each a, the windows and each length of needles, where a run may be stopped.
+    """
     fit = None
     if variant.scaling == "fit":
         windows = material.fit_windows
-        fit = fit_scale(model, params, windows, config.fit_scale.grid, config.fit_scale.batch_size)
+        fit = fit_scale(model, params, windows, config.fit_scale.grid, config.fit_scale.batch_size, between)
         model = model.with_logits_scaling(fit["a"])
     elif variant.scaling == "constant":
         model = model.with_logits_scaling(LogitsScaling("constant", variant.constant))
     settings, program = config.evaluate, shared_program(model, scaled=True)
     chosen = {"weights": params, "choice": choice(model.config)}
     batch = max(1, settings.batch_tokens // settings.perplexity_length)
+    between()
     losses = perplexity.window_loss(program, chosen, material.windows, min(batch, len(material.windows)))
     rows = []
     for length, samples in material.needles.items():
+        between()
         batch = max(1, min(len(samples), settings.batch_tokens // length))
         found = niah.score_forced(
             program, chosen, samples, batch, alternatives=settings.alternatives, row_length=length

@@ -31,6 +31,7 @@ from hypenet_jax.parallel.processes import first
 from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.checkpoint import DIRECTORY as CHECKPOINTS
 from hypenet_jax.train.loop import check_rows, train
+from hypenet_jax.train.preemption import stop_if_asked
 from hypenet_jax.train.stage import FREE_FIELDS, StageConfig
 from hypenet_jax.train.step import abstract_state, make_step
 
@@ -214,6 +215,7 @@ def _evaluated(run: Run, model: Any, params: dict, name: str) -> dict[str, Any]:
         essays=essays,
         seed=run.config.seed,
         report=lambda line: run.reporter.message(f"compare-selection  {name}  {line}"),
+        keep=lambda _: stop_if_asked(run.reporter.message, f"compare-selection  {name}"),
     )
 
 

@@ -218,6 +218,7 @@ def restored_kl(run: Run, mixers: dict, seed: int, costs: dict | None = None) ->
         mixers,
         recall_rows=rows,
         batch_size=settings.batch_size,
+        between=partial(stop_if_asked, run.reporter.message, "select"),
         costs=costs,
     )
 

@@ -12,15 +12,15 @@ import jax
 from hypenet_jax import hub
 from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.evals import suite
 from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo import corpus
 from hypenet_jax.halo.finetune import next_token_loss
+from hypenet_jax.halo.measured import Evaluation, Measured, Questions
 from hypenet_jax.halo.precheck import check_evaluation, section
 from hypenet_jax.halo.settings import NetworkConfig, PretrainConfig
 from hypenet_jax.halo.transfer import student_of
-from hypenet_jax.halo.workdir import DATA, claim, timed, write_json
+from hypenet_jax.halo.workdir import DATA, claim, timed
 from hypenet_jax.hub.card import CARD, replace_card
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.model.serialize import config_to_dict
@@ -29,12 +29,16 @@ from hypenet_jax.parallel.processes import first, place
 from hypenet_jax.parallel.rules import param_shardings, rules_of
 from hypenet_jax.train.loop import check_rows, train
 from hypenet_jax.train.metrics import ReporterLike
+from hypenet_jax.train.preemption import stop_if_asked
 
 
 def pretrain(
     config: PretrainConfig, workdir: str | os.PathLike, reporter: ReporterLike, command: str | None = None
 ) -> pathlib.Path:
-    """Train, export to W/export, evaluate into W/eval.json, report. Resumable like every stage; returns the report."""
+    """Train, export to W/export, evaluate into W/eval.json, report. Returns the report's path.
+
+    Resumable: the training goes on at its last checkpoint, the evaluation with the next of its cells.
+    """
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
     tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
@@ -64,26 +68,12 @@ def pretrain(
             reporter=reporter,
             config=dataclasses.asdict(config),
         )
-    export = path / "export"
-    hub.save(model, params, export, card=run_card(path, model.config, "float32", command))
-    settings = config.evaluate
-    windows, essays = corpus.measured_text(settings, heldout, tokenizer)
-    with timed(path, "evaluate"):
-        measured = suite.evaluate_model(
-            model,
-            params,
-            tokenizer,
-            settings,
-            windows=windows,
-            essays=essays,
-            seed=config.seed,
-            report=reporter.message,
-        )
-        samples = suite.write_samples(
-            "model", model, params, tokenizer, settings.prompts, settings.new_tokens, chat=settings.chat
-        )
-    found = {"train_length": config.train.seq_len, "models": {"model": measured}, "samples": samples}
-    write_json(path / "eval.json", found | {"settings": dataclasses.asdict(settings)})
+    stop_if_asked(reporter.message, "export")
+    hub.save(model, params, path / "export", card=run_card(path, model.config, "float32", command))
+    windows, essays = corpus.measured_text(config.evaluate, heldout, tokenizer)
+    asked = Questions(config.evaluate, config.seed, tokenizer, windows, essays)
+    evaluation = Evaluation(path, asked, reporter.message, train_length=config.train.seq_len)
+    evaluation.measure("model", Measured(model, params), "evaluate")
     first(lambda: _card_and_report(path, run_card(path, model.config, "float32", command), reporter))
     return path / "report" / "index.html"
 

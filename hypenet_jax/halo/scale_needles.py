@@ -29,12 +29,13 @@ def scale_needles(
     essays: str | Sequence[str],
     seed: int,
     report: Callable[[str], None] = lambda line: None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """{"settings", "rows": [{"a" (None: unscaled), "task", "length", "correct", "total"}]}, written row by row to path.
 
     Every task of `settings` at every one of its `scale_lengths` is asked for each a of the grid, for the a that the
     student carries, and unscaled; answers are read off one forward ("forced", whatever `settings.answer` says). Rows
-    that the file holds from the same settings are kept.
+    that the file holds from the same settings are kept. `between` is called after each row is kept.
     """
     scaling = student.config.logits_scaling
     values = sorted({float(a) for a in grid} | ({scaling.value} if scaling else set()))
@@ -71,4 +72,5 @@ def scale_needles(
                 write_json(path, found)
                 words = "unscaled" if a is None else f"a = {a:.4g}"
                 report(f"evaluate needles  {row['task']} at {length}, {words}: {row['correct']} of {row['total']}")
+                between()
     return found

@@ -111,12 +111,13 @@ def measure_restored(
     *,
     recall_rows: RecallRows,
     batch_size: int,
+    between: Callable[[], None] = lambda: None,
     costs: dict | None = None,
 ) -> list[float]:
     """[L] KL(teacher || the model that has the attention of layer i alone), nats a token over the recall rows.
 
     KL-LS (arXiv 2512.20569) restores one layer of an all-linear student and trains each such student on 700M tokens;
-    here the stage-1 mixers are taken as they are and nothing is trained.
+    here the stage-1 mixers are taken as they are and nothing is trained. `between` is called after each layer.
     """
     _, nll_and_kl = _programs(teacher, student)
     spent, num_layers, found = _Costs(costs), teacher.config.num_layers, []
@@ -124,6 +125,7 @@ def measure_restored(
         weights = (params, mixer_params, np.arange(num_layers) != layer)
         with mesh_of(params), spent.on(("restored_kl",), recall_rows.tokens.size):
             found.append(_recall_and_kl(partial(nll_and_kl, *weights), recall_rows, batch_size)[1])
+        between()
     return found
 
 

@@ -22,8 +22,10 @@ from hypenet_jax.train.stage import FREE_FIELDS
 
 CONFIG, DATA = "config.json", "data"
 TEMPORARY = ".tmp"
-# What may differ when a run continues: what is measured, on which devices, and how the same numbers are computed.
+# What may differ when a run continues: what is measured, on which devices, and how the same numbers are computed. A
+# stage that was stopped on its way refuses other workers itself, by the saved position of its data.
 FREE = (
+    "data.workers",
     "evaluate",
     "compare",
     "ablate",

@@ -62,6 +62,8 @@ class Machine:
 GPU_SHARE = 0.95
 # GPUs of one host, which NVLink joins.
 GPUS_A_HOST, MOST_HOSTS = 8, 128
+# Virtual devices of a CPU, which all share its cores.
+MOST_CPUS = 64
 V5E = Chip(15.75, 197e12, 819e9, 50e9, 3.125e9)
 V5P = Chip(95.74, 459e12, 2765e9, 100e9, 6.25e9)
 V6E = Chip(31.25, 918e12, 1640e9, 100e9, 12.5e9)
@@ -103,21 +105,22 @@ def machine(name: str) -> Machine:
     Raises:
       HypenetError: a name that stands for no machine we know.
     """
-    if match := re.fullmatch(r"(v5e|v5p|v6e)-(\d+)", name):
-        kind, count = match[1], int(match[2]) // (2 if match[1] == "v5p" else 1)
-        if count in _SHAPES[kind]:
+    if match := re.fullmatch(r"(v5e|v5p|v6e)-(\d{1,6})", name):
+        kind, (count, half) = match[1], divmod(int(match[2]), 2 if match[1] == "v5p" else 1)
+        if count in _SHAPES[kind] and not half:
             prefix = "v5" if kind == "v5p" else kind
             return Machine(name, TPUS[kind], count, "tpu", f"{prefix}:{_SHAPES[kind][count]}")
-    elif match := re.fullmatch(r"(h100|h200)x(\d+)", name):
+    elif match := re.fullmatch(r"(h100|h200)x(\d{1,6})", name):
         count = int(match[2])
         hosts = max(1, count // GPUS_A_HOST)
         if count in (1, 2, 4, hosts * GPUS_A_HOST) and hosts <= MOST_HOSTS:
             return Machine(name, _GPUS[match[1]], count, "gpu", f"{match[1]}:{hosts}x{count // hosts}", hosts)
-    elif (match := re.fullmatch(r"cpu(\d+)", name)) and int(match[1]) in range(1, 65):
+    elif (match := re.fullmatch(r"cpu(\d{1,6})", name)) and int(match[1]) in range(1, MOST_CPUS + 1):
         return Machine(name, CPU, int(match[1]), "cpu", "")
     raise HypenetError(
         f"topology {name!r} is no machine we know; give v5e-N or v6e-N of 4 to 256 chips, v5p-N of 8 to 1024 cores "
-        f"(powers of two), h100xN or h200xN of 1, 2 or 4 GPUs or of 1 to {MOST_HOSTS} hosts of 8, or cpuN of 1 to 64"
+        f"(powers of two), h100xN or h200xN of 1, 2 or 4 GPUs or of 1 to {MOST_HOSTS} hosts of 8, or cpuN of 1 to "
+        f"{MOST_CPUS}"
     )
 
 

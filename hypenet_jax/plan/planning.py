@@ -27,6 +27,7 @@ from hypenet_jax.plan.machines import (
     open_devices,
     use_cpu,
 )
+from hypenet_jax.plan.places import PLAN, check_places
 from hypenet_jax.plan.remedies import remedy
 from hypenet_jax.plan.roofline import roofline
 from hypenet_jax.plan.stages import Work, stages_of, work_of
@@ -64,13 +65,17 @@ def plan(
     machines, given = [machine(name) for name in topologies], [parsed_mesh(text) for text in meshes]
     use_cpu(max((m.chips for m in machines if m.platform == "cpu"), default=1))
     wanted = list(stages or stages_of(config))
-    cells = [_cell(config, one, axes) for one in machines for axes in given or [_default_mesh(config, one)]]
+    cells = []
     # What can be wrong is said before the first compilation, which may take minutes.
+    for one in machines:
+        for axes in given or [_default_mesh(config, one)]:
+            with named(f"{one.name}, mesh {written(axes)}"):
+                cells.append(_cell(config, one, axes))
     for cell in cells:
         for stage in wanted:
-            with _named(cell, stage):
+            with named(f"{stage} on {cell.machine.name}, mesh {written(cell.axes)}"):
                 work_of(stage, cell.config, teacher, cell.mesh)
-    _check_places(json_file, directory)
+    check_places(PLAN, json_file, directory)
     records: list[dict[str, Any]] = []
     for cell in cells:
         say(f"{cell.machine.name}, {cell.machine.chips} chips, mesh {written(cell.axes)}")
@@ -106,23 +111,12 @@ def _cell(config: ConvertConfig | PretrainConfig, one: Machine, axes: dict[str, 
 
 
 @contextlib.contextmanager
-def _named(cell: _Cell, stage: str) -> Iterator[None]:
-    """Which of several cells a mistake is in."""
+def named(member: str) -> Iterator[None]:
+    """Which member of several a mistake is in."""
     try:
         yield
     except HypenetError as error:
-        raise HypenetError(f"{stage} on {cell.machine.name}, mesh {written(cell.axes)}: {error}") from None
-
-
-def _check_places(json_file: str | None, directory: str | None) -> None:
-    places = [pathlib.Path(json_file).parent] if json_file else []
-    for place in places + ([pathlib.Path(directory)] if directory else []):
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HypenetError(f"{place} cannot be a directory ({error.strerror}); choose another place") from None
-    if json_file and pathlib.Path(json_file).is_dir():
-        raise HypenetError(f"{json_file} is a directory; name a file for the records")
+        raise HypenetError(f"{member}: {error}") from None
 
 
 def _record(

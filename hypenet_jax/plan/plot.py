@@ -14,6 +14,7 @@ import matplotlib
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.report_axes import STYLE, svg
 from hypenet_jax.evals.report_style import CSS, INK, MODEL_COLOURS, MUTED, OTHER_COLOURS
+from hypenet_jax.plan.places import PLAN, SCALING, Output
 from hypenet_jax.plan.table import COLUMNS, GIB, rows
 
 try:
@@ -28,7 +29,7 @@ def write_plan(records: Sequence[dict[str, Any]], directory: pathlib.Path) -> pa
     """DIR/plan.html: memory and time of every record, and the table."""
     figures = [memory_bars(records), time_bars(records)]
     about = f"Compiled for machines that are not here, with JAX {jax.__version__}. Times are work over peak rates."
-    return page(directory / "plan.html", "Plan", about, [COLUMNS, *rows(records)], [f for f in figures if f])
+    return page(PLAN, directory, about, [COLUMNS, *rows(records)], [f for f in figures if f])
 
 
 def write_scaling(
@@ -37,7 +38,7 @@ def write_scaling(
     """DIR/scaling.html: throughput against devices with the ideal line, the parts of a step, and the table."""
     one = records[0]
     about = f"{one['stage']} on {one['device']}, JAX {jax.__version__}, random weights and tokens. Medians of steps."
-    return page(directory / "scaling.html", "Scaling", about, table, [throughput(records), step_parts(records)])
+    return page(SCALING, directory, about, table, [throughput(records), step_parts(records)])
 
 
 def throughput(records: Sequence[dict[str, Any]]) -> str:
@@ -133,14 +134,15 @@ def time_bars(records: Sequence[dict[str, Any]]) -> str | None:
 
 
 def page(
-    path: pathlib.Path, title: str, about: str, table: Sequence[Sequence[str]], figures: Sequence[str]
+    output: Output, directory: pathlib.Path, about: str, table: Sequence[Sequence[str]], figures: Sequence[str]
 ) -> pathlib.Path:
     """Write the page beside its place and move it there."""
+    path = directory / output.page
     head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in table]
     lines = "".join(f"<tr>{line}</tr>" for line in body)
     text = (
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{CSS}</style>"
-        f"<header><h1>{title}</h1><p class=lede>{html.escape(about)}</p></header>"
+        f"{output.start}<style>{CSS}</style>"
+        f"<header><h1>{output.title}</h1><p class=lede>{html.escape(about)}</p></header>"
         + "".join(f"<figure>{figure}</figure>" for figure in figures)
         + f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table>"
     )

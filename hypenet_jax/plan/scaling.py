@@ -21,9 +21,11 @@ from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
-from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
+from hypenet_jax.parallel.mesh import check_axes, check_compute_dtype, make_mesh
 from hypenet_jax.parallel.rules import batch_sharding
-from hypenet_jax.plan.planning import parsed_mesh, written
+from hypenet_jax.plan.machines import MOST_CPUS
+from hypenet_jax.plan.places import SCALING, check_places
+from hypenet_jax.plan.planning import named, parsed_mesh, written
 from hypenet_jax.plan.running import WARM_UP, random_arrays, timed_steps
 from hypenet_jax.plan.stages import Work, work_of
 from hypenet_jax.plan.table import aligned
@@ -44,7 +46,7 @@ def scaling(
     directory: str | None = None,
     say: Callable[[str], Any] = print,
 ) -> list[dict[str, Any]]:
-    """Run, print as it goes, and return one record a mesh.
+    """Run, print and write as it goes, and return one record a mesh.
 
     Weights and tokens are random: they cost what real ones cost. The step is the one that training runs. Every number
     is measured: a step is the median over `steps` with a batch that lies on the devices, `input` is what the median
@@ -54,45 +56,82 @@ def scaling(
     Args:
       meshes: "fsdp=2,tensor=2", each on as many of the devices as it takes.
       weak: the config's batch is that of the smallest mesh and grows with the devices, instead of being the same.
+      json_file, directory: where the records, and the table with the plot, are written; None writes none.
 
     Raises:
-      HypenetError: a mesh of more devices than there are, or a batch that does not divide over one.
+      HypenetError: a mesh of more devices than there are, a batch that does not divide over one, or a place that cannot
+        be written; all of it before the first step.
     """
     if steps < 1:
         raise HypenetError(f"steps is {steps}; it must be at least 1")
-    teacher = config_of(config.teacher)
-    wanted = [_sized(parsed_mesh(text)) for text in meshes]
-    sizes = [math.prod(axes.values()) for axes in wanted]
-    _enough_devices(max(sizes))
-    check_compute_dtype(config.dtype)
-    smallest = min(sizes)
+    cells = _cells(config, meshes, stage, weak)
+    check_places(SCALING, json_file, directory)
     records: list[dict[str, Any]] = []
-    for axes, size in zip(wanted, sizes, strict=True):
-        changed = _grown(config, stage, size, smallest) if weak else config
-        mesh = make_mesh(axes, jax.devices()[:size])
-        records.append(_measure(changed, teacher, stage, mesh, axes, steps))
-        say(f"{written(axes)}: {records[-1]['tokens_per_second']:,.0f} tokens/s")
-    base = next(record for record in records if record["devices"] == smallest)
+    for cell in cells:
+        records.append(_measure(cell, stage, steps))
+        say(f"{written(cell.axes)}: {records[-1]['tokens_per_second']:,.0f} tokens/s")
+        _compare(records)
+        # After every mesh: a run that is killed keeps what it has measured.
+        _write(records, json_file, directory)
+    say(f"{stage}, {'weak' if weak else 'strong'} scaling, {jax.devices()[0].device_kind}\n{aligned(_table(records))}")
+    if directory:
+        say(f"the table and the plot are in {pathlib.Path(directory) / SCALING.page}")
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """A mesh, and the config as it is run there."""
+
+    config: ConvertConfig
+    teacher: ModelConfig
+    mesh: Mesh
+    axes: dict[str, int]
+
+
+def _cells(config: ConvertConfig, meshes: Sequence[str], stage: str, weak: bool) -> list[_Cell]:
+    """All meshes, known to be right: the first step of any of them may take minutes to compile."""
+    teacher = config_of(config.teacher)
+    wanted = [parsed_mesh(text) for text in meshes]
+    for text, axes in zip(meshes, wanted, strict=True):
+        with named(f"mesh {text!r}"):
+            check_axes(axes)
+            _check_sized(axes)
+    sizes = [math.prod(axes.values()) for axes in wanted]
+    _enough_devices(dict(zip(meshes, sizes, strict=True)))
+    check_compute_dtype(config.dtype)
+    cells = []
+    for text, axes, size in zip(meshes, wanted, sizes, strict=True):
+        with named(f"mesh {text!r}"):
+            changed = _grown(config, stage, size, min(sizes)) if weak else config
+            mesh = make_mesh(axes, jax.devices()[:size])
+            work_of(stage, changed, teacher, mesh)
+        cells.append(_Cell(changed, teacher, mesh, axes))
+    return cells
+
+
+def _compare(records: list[dict[str, Any]]) -> None:
+    """Give every record its efficiency, relative to the smallest mesh that has been measured."""
+    base = min(records, key=lambda record: record["devices"])
     for record in records:
         each = record["tokens_per_second"] / record["devices"]
         record["efficiency"] = each / (base["tokens_per_second"] / base["devices"])
-    table = [list(COLUMNS), *(_cells(record) for record in records)]
-    say(f"{stage}, {'weak' if weak else 'strong'} scaling, {jax.devices()[0].device_kind}\n{aligned(table)}")
+
+
+def _write(records: list[dict[str, Any]], json_file: str | None, directory: str | None) -> None:
     if json_file:
         write_json(pathlib.Path(json_file), records)
     if directory:
         from hypenet_jax.plan.plot import write_scaling
 
-        say(f"the table and the plot are in {write_scaling(records, table, pathlib.Path(directory))}")
-    return records
+        write_scaling(records, _table(records), pathlib.Path(directory))
 
 
-def _measure(
-    config: ConvertConfig, teacher: ModelConfig, stage: str, mesh: Mesh, axes: dict[str, int], steps: int
-) -> dict[str, Any]:
-    work = work_of(stage, config, teacher, mesh)
+def _measure(cell: _Cell, stage: str, steps: int) -> dict[str, Any]:
+    mesh = cell.mesh
+    work = work_of(stage, cell.config, cell.teacher, mesh)
     state, frozen = (random_arrays(tree, seed) for seed, tree in enumerate(work.arguments[:2]))
-    batches = _batches(work, teacher.vocab_size)
+    batches = _batches(work, cell.teacher.vocab_size)
     batch = _placed(next(batches), mesh)
     with jax.set_mesh(mesh):
         state, _ = timed_steps(work.step, state, frozen, itertools.repeat(batch, WARM_UP))
@@ -106,10 +145,10 @@ def _measure(
     seconds, waiting = statistics.median(in_place.whole), statistics.median(fed.whole)
     return {
         "stage": stage,
-        "mesh": axes,
+        "mesh": cell.axes,
         "devices": mesh.size,
         "device": jax.devices()[0].device_kind,
-        "rows": getattr(config, stage).batch_size,
+        "rows": getattr(cell.config, stage).batch_size,
         "step_seconds": seconds,
         "tokens_per_second": work.tokens / waiting,
         "compute_seconds": compute / TRACED,
@@ -132,11 +171,10 @@ def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return jax.device_put(batch, batch_sharding(mesh))
 
 
-def _sized(axes: dict[str, int]) -> dict[str, int]:
+def _check_sized(axes: dict[str, int]) -> None:
     for name, size in axes.items():
         if size < 1:
             raise HypenetError(f"mesh axis {name!r} has size {size}; a mesh of a list needs all its sizes")
-    return axes
 
 
 def _grown(config: ConvertConfig, stage: str, size: int, smallest: int) -> ConvertConfig:
@@ -149,15 +187,22 @@ def _grown(config: ConvertConfig, stage: str, size: int, smallest: int) -> Conve
     return dataclasses.replace(config, **{stage: dataclasses.replace(settings, batch_size=rows // smallest)})
 
 
-def _enough_devices(count: int) -> None:
+def _enough_devices(sizes: dict[str, int]) -> None:
+    """sizes: devices by mesh."""
+    largest = max(sizes, key=lambda text: sizes[text])
     # Counts where JAX has not started; a CPU is then as many devices as are asked for.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count)
-    if len(jax.devices()) < count:
-        raise HypenetError(f"a mesh has {count} devices and there are {len(jax.devices())} here; leave it out")
+        jax.config.update("jax_num_cpu_devices", min(sizes[largest], MOST_CPUS))
+    here = len(jax.devices())
+    if here < sizes[largest]:
+        raise HypenetError(f"mesh {largest!r} has {sizes[largest]} devices and there are {here} here; leave it out")
 
 
-def _cells(record: dict[str, Any]) -> list[str]:
+def _table(records: list[dict[str, Any]]) -> list[list[str]]:
+    return [list(COLUMNS), *(_row(record) for record in records)]
+
+
+def _row(record: dict[str, Any]) -> list[str]:
     names = ("compute_seconds", "collective_seconds", "input_seconds")
     return [
         written(record["mesh"]),

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pathlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from hypenet_jax.cli import main
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.parallel.mesh import make_mesh
+from hypenet_jax.train import preemption
 
 CONVERT = """
 import ml_collections
@@ -50,6 +52,16 @@ def one_device(axes: Any) -> jax.sharding.Mesh:
 def on_one_device(monkeypatch) -> None:
     for module in ("run", "pretrain", "compare"):
         monkeypatch.setattr(f"hypenet_jax.halo.{module}.make_mesh", one_device)
+
+
+@pytest.fixture
+def of_two_processes(monkeypatch) -> types.SimpleNamespace:
+    """SIGTERM as one of several processes hears of it, by jax.distributed; it has come once `asked` is set."""
+    played = types.SimpleNamespace(asked=False)
+    distributed = types.SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setattr(preemption, "jax", types.SimpleNamespace(process_count=lambda: 2, distributed=distributed))
+    monkeypatch.setattr(preemption, "_all_asked", lambda: played.asked)
+    return played
 
 
 @pytest.fixture(scope="session")

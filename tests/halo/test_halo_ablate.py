@@ -117,6 +117,28 @@ def test_studies_from_the_command_line(base, convert_config, capsys, monkeypatch
     assert "eighth-0.json is of other settings and is run again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("within", ["_step", "_needles"])
+def test_of_several_processes_all_stop_within_a_cell(
+    base, convert_config, capsys, monkeypatch, of_two_processes, within
+):
+    """SIGTERM in the second cell, while it trains and while it answers: the first one stays."""
+    works, calls = getattr(module.Bench, within), []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        of_two_processes.asked = len(calls) == 2
+        return works(*arguments)
+
+    monkeypatch.setattr(module.Bench, within, counted)
+    few = settings(distill_steps=2, heldout_rows=2, needle_lengths="(512,)")
+    command = ["ablate", "--config", str(convert_config), "--workdir", str(base), "--study", "documents", *few]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 75 and "stopped; the same command continues" in capsys.readouterr().err
+    assert len(calls) == 2
+    assert [cell.name for cell in (base / "studies" / "documents" / "cells").iterdir()] == ["masked-0.json"]
+
+
 def test_every_study_is_well_made(convert_config):
     config = load_config(convert_config, ["ablate.batch_size=12"])
     for study in STUDIES.values():

@@ -13,6 +13,7 @@ from hypenet_jax.cli import main
 from hypenet_jax.config import load_config
 from hypenet_jax.data.tokenizers import byte_tokenizer
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals import niah
 from hypenet_jax.halo.compare import trainings
 from hypenet_jax.halo.compare_settings import ComparisonConfig, VariantConfig
 from hypenet_jax.halo.pretrain import network
@@ -114,6 +115,25 @@ def test_a_stopped_comparison_goes_on_and_is_reported(program, tmp_path, content
     assert run(program, directory, "train.steps=4") == 2
     assert "belongs to another run: train.steps was 3 and is 4" in capsys.readouterr().err
     assert contents(directory) == before
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_of_several_processes_all_stop_within_a_variant(program, tmp_path, monkeypatch, capsys, of_two_processes):
+    """SIGTERM while the second variant answers its first needles: the first one's result and the training stay."""
+    directory, score = tmp_path / "run", niah.score_forced
+
+    def scored(*arguments, **options):
+        of_two_processes.asked = len(list((directory / "results").glob("*"))) == 1
+        return score(*arguments, **options)
+
+    settings = ("train.steps=1", "train.warmup_steps=0", "row_lengths=()")
+    monkeypatch.setattr(niah, "score_forced", scored)
+    with pytest.raises(SystemExit) as stopped:
+        run(program, directory, *settings)
+    assert stopped.value.code == 75
+    assert "evaluate constant-seed0: stopped; the same command continues" in capsys.readouterr().err
+    assert [file.name for file in (directory / "results").iterdir()] == ["hypenet-seed0.json"]
+    assert not (directory / "runs" / "nope-seed0").exists()
 
 
 def weights(model: LanguageModel) -> dict:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hypenet_jax.cli import main
+from hypenet_jax.evals import suite
 from hypenet_jax.halo import compare_selection, variants
 from hypenet_jax.halo.workdir import read_json
 
@@ -123,6 +124,37 @@ def test_kl_ls_restored_may_join(compared, convert_config, tmp_path, on_one_devi
         assert now["costs"].keys() == before["costs"].keys() and now["costs"]["kl"] == before["costs"]["kl"]
         assert now["costs"]["restored_kl"]["tokens"] == before["costs"]["restored_kl"]["tokens"]
     assert told(read_json(directory / "selection/table.json")) == told(read_json(compared / "selection/table.json"))
+
+
+@pytest.mark.parametrize("at", ["probes", "student"])
+def test_of_several_processes_all_stop_in_the_midst(
+    compared, convert_config, tmp_path, on_one_device, monkeypatch, capsys, of_two_processes, at
+):
+    """SIGTERM while layers are restored one by one, and while a student answers: what was finished stays."""
+    directory = shutil.copytree(compared, tmp_path / "run")
+    selection, needles, recall_and_kl = directory / "selection", suite.needles, variants._recall_and_kl
+    lost = selection / "probes-seed1.json" if at == "probes" else max((selection / "students").glob("*.json"))
+    lost.unlink()
+    counts = {"measured": 0, "needles": 0}
+
+    def measured(*arguments):
+        counts["measured"] += 1
+        # After the teacher and both layers: the first of those that are restored.
+        of_two_processes.asked = counts["measured"] == 4
+        return recall_and_kl(*arguments)
+
+    def asked(*arguments):
+        counts["needles"] += 1
+        of_two_processes.asked = True
+        return needles(*arguments)
+
+    monkeypatch.setattr(variants, "_recall_and_kl", measured)
+    monkeypatch.setattr(suite, "needles", asked)
+    with pytest.raises(SystemExit) as stopped:
+        main(command(convert_config, directory))
+    assert stopped.value.code == 75 and "stopped; the same command continues" in capsys.readouterr().err
+    assert counts == ({"measured": 4, "needles": 0} if at == "probes" else {"measured": 0, "needles": 1})
+    assert not lost.exists()
 
 
 @pytest.mark.parametrize(

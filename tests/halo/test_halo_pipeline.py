@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import types
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from hypenet_jax.halo import fit_scale, pipeline, run, variants
 from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.hub import weights_out
 from hypenet_jax.parallel.mesh import make_mesh
-from hypenet_jax.train import preemption
+from hypenet_jax.train.metrics import Reporter
 from hypenet_jax.train.preemption import EXIT_PREEMPTED
 
 STEPS = ("align", "select", "distill", "finetune", "fit-scale", "export", "evaluate")
@@ -277,14 +276,10 @@ def test_sigterm_outside_training_ends_with_75_and_leaves_nothing_half_done(
     ],
 )
 def test_of_several_processes_all_stop_at_the_same_place(
-    finished, convert_config, tmp_path, monkeypatch, capfd, command, product
+    finished, convert_config, tmp_path, of_two_processes, capfd, command, product
 ):
-    """There SIGTERM is heard by jax.distributed, whose answer to all of them is played here."""
-    copy = tmp_path / "run"
+    copy, of_two_processes.asked = tmp_path / "run", True
     shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & {product, "report"})
-    distributed = types.SimpleNamespace(is_initialized=lambda: True)
-    monkeypatch.setattr(preemption, "jax", types.SimpleNamespace(process_count=lambda: 2, distributed=distributed))
-    monkeypatch.setattr(preemption, "_all_asked", lambda: True)
     with pytest.raises(SystemExit) as stopped:
         main([command, "--config", str(convert_config), "--workdir", str(copy)])
     assert stopped.value.code == EXIT_PREEMPTED and "stopped; the same command continues" in capfd.readouterr().err
@@ -344,6 +339,32 @@ def test_a_run_goes_on_with_other_devices(finished, convert_config, tmp_path, st
     assert asked == [None]
     for got, wanted in zip(stage_records(copy / "distill"), stage_records(finished / "distill"), strict=True):
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+
+
+def test_the_workers_may_change_between_steps_and_not_within_one(
+    finished, convert_config, tmp_path, stage_records, monkeypatch, contents, capfd
+):
+    copy, log = tmp_path / "run", Reporter.log
+    later = {"distill", "finetune", "fit_scale.json", "export", "eval.json", "report"}
+    shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & later)
+    command = ["distill", "--config", str(convert_config), "--workdir", str(copy)]
+
+    def stop_at_two(self, record):
+        log(self, record)
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Reporter, "log", stop_at_two)
+        main([*command, "--set", "data.workers=1"])
+    before = contents(copy / "distill")
+    capfd.readouterr()
+    assert main(command) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert said[-1].endswith("has workers 1 but this run has 0; resume with the same, or start anew"), said
+    assert contents(copy / "distill") == before
+    assert main([*command, "--set", "data.workers=1"]) == 0
+    assert stage_records(copy / "distill") == stage_records(finished / "distill")
 
 
 def test_the_workdir_stays_where_it_was_put(finished):

@@ -13,9 +13,12 @@ from hypenet_jax.cli import main
 from hypenet_jax.config import load_config
 from hypenet_jax.data.tokenizers import byte_tokenizer
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.evals import suite
 from hypenet_jax.halo.pretrain import network
 from hypenet_jax.halo.settings import NetworkConfig
+from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.model.config import POSITIONS
+from hypenet_jax.train import preemption
 from hypenet_jax.train.metrics import Reporter
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
@@ -88,6 +91,39 @@ def test_a_hypenet_from_scratch_stopped_and_continued(program, tmp_path, exporte
 
     assert run(program, tmp_path / "whole") == 0
     assert "step 1/6" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_evaluation_that_is_stopped_goes_on_with_the_next_cell(
+    program, tmp_path, monkeypatch, capsys, of_two_processes, processes
+):
+    """SIGTERM in the first of two cells, to a process alone and to one of several: it is finished and kept."""
+    settings, needles, asked = ("train.steps=2", "evaluate.lengths=[500, 512]"), suite.needles, []
+    if processes == 1:
+        monkeypatch.setattr(preemption, "jax", jax)
+
+    def counted(*arguments):
+        asked.append(arguments[5])
+        if len(asked) == 1:
+            of_two_processes.asked = True
+            if processes == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return needles(*arguments)
+
+    monkeypatch.setattr(suite, "needles", counted)
+    with pytest.raises(SystemExit) as stopped:
+        run(program, tmp_path / "run", *settings)
+    assert stopped.value.code == 75 and asked == [500]
+    assert "evaluate: stopped and saved; the same command continues" in capsys.readouterr().err
+    kept = read_json(tmp_path / "run" / "eval.json")
+    assert kept["models"] == {} and kept["begun"]["model"]["cells"] == [["S1", 500]]
+    of_two_processes.asked = False
+    assert run(program, tmp_path / "run", *settings) == 0 and asked == [500, 512]
+    found = read_json(tmp_path / "run" / "eval.json")
+    assert found["models"]["model"]["perplexity"] == kept["begun"]["model"]["perplexity"]
+    assert [row["length"] for row in found["models"]["model"]["niah"]] == [500, 512]
+    assert "begun" not in found and len(found["samples"]) == 1
+    assert run(program, tmp_path / "run", *settings) == 0 and asked == [500, 512]
 
 
 def test_a_transformer_from_scratch_is_a_teacher(program, tmp_path):

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypenet_jax.halo.workdir import read_json
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "parallel"))
 
-from process_runs import codes, said, started  # noqa: E402
+from process_runs import codes, said, started, wait_for_words  # noqa: E402
 
 
 def hypenet(command, config, directory, processes, *flags):
@@ -94,6 +95,21 @@ def test_four_processes_train_from_scratch_as_one(documents_file, tmp_path, stag
     assert_like(tmp_path / "run", tmp_path / "one", stage_records, ("train",))
     got, wanted = (read_json(tmp_path / run / "eval.json")["models"]["model"] for run in ("run", "one"))
     assert got["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
+
+
+def test_sigterm_to_one_ends_the_evaluation_of_all_and_what_was_asked_stays(documents_file, tmp_path):
+    program, directory, logs = tmp_path / "scratch.py", tmp_path / "run", tmp_path / "logs"
+    program.write_text(PRETRAIN.format(documents=str(documents_file)))
+    cells = ("tasks=('S1',)", f"lengths={list(range(500, 515))}", "samples=2", "answer_budget=16")
+    sets = [word for cell in cells for word in ("--set", f"evaluate.{cell}")]
+    line = ["-m", "hypenet_jax.cli", "pretrain", "--config", str(program), "--workdir", str(directory), *sets]
+    with started(line, 2, logs) as running:
+        wait_for_words(logs / "0.log", "evaluate  perplexity")
+        running[1].send_signal(signal.SIGTERM)
+        assert codes(running, 60) == [75, 75], said(logs)
+    assert said(logs).count("evaluate: stopped and saved; the same command continues") == 1
+    found = read_json(directory / "eval.json")
+    assert found["models"] == {} and len(found["begun"]["model"]["cells"]) < 15
 
 
 def test_a_mistake_ends_all_processes_at_once(convert_config, tmp_path):

@@ -96,3 +96,19 @@ def test_evaluate_asks_and_the_report_shows(finished, convert_config, tmp_path, 
     assert {row["a"] for row in rows} == {None, 5.0, fitted} and {row["task"] for row in rows} == {"S1"}
     assert main(["report", str(run)]) == 0
     assert "Retrieval by a" in (run / "report" / "index.html").read_text()
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_of_several_processes_all_stop_after_a_row(finished, convert_config, tmp_path, of_two_processes, monkeypatch):
+    run, score = shutil.copytree(finished, tmp_path / "run"), niah.score_forced
+
+    def scored(*arguments, **options):
+        of_two_processes.asked = True
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(niah, "score_forced", scored)
+    more = ["--set", "evaluate.scale_lengths=(512,)", "--set", "evaluate.scale_grid=(5.0,)"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--config", str(convert_config), "--workdir", str(run), *more])
+    assert stopped.value.code == 75
+    assert [row["a"] for row in json.loads((run / "scale_needles.json").read_text())["rows"]] == [None]

@@ -53,6 +53,7 @@ def test_what_is_free_to_change(tmp_path):
     (tmp_path / "align").mkdir()
     free = dataclasses.replace(
         CONFIG,
+        data=dataclasses.replace(CONFIG.data, workers=3),
         evaluate=EvaluateConfig(samples=3),
         mesh={"fsdp": 4},
         remat=False,

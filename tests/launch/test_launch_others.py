@@ -1,9 +1,11 @@
 """gpu_local.sh for real with a small program; slurm.sh, gke.sh and sweep.sh against stand-ins."""
 
+import re
 import signal
 import subprocess
 import time
 
+import pytest
 import yaml
 
 COMMAND = ("--", "distill", "--config", "my config.py", "--workdir", "w")
@@ -124,6 +126,54 @@ def test_gke_mounts_the_bucket_that_the_command_names(cluster):
     assert mounts == [{"name": "bucket", "mountPath": "/mnt/buckets/my-bucket"}]
     two = cluster.run("gke.sh", *GKE, *words, "--set", "gs://other-bucket/x")
     assert two.returncode == 2 and "use one" in two.stderr
+
+
+def words_in_the_pod(text: str) -> str:
+    """A word of `args` as Kubernetes gives it to the program: $$ is a dollar, $(NAME) a variable where there is one."""
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found[1] is None else "EXPANDED", text)
+
+
+ODD_WORDS = (
+    "one\ntwo\tthree", "$(HOME)", "a $$ b $x $", "$$(HOME)", 'quo"te', "back\\slash\\n", "@BUCKET@",
+    "@NAME@ @ARGUMENTS@", "# bucket: x", "@MOUNT@", "a&b", "", "é '[1, 2]' {x: y}", "*", "--set",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("workdir", ["/w", "gs://my-bucket/a $(b) # bucket: @NAME@"])
+def test_gke_gives_every_word_to_the_program_as_it_is(cluster, workdir):
+    words = ("distill", *ODD_WORDS, "--workdir", workdir)
+    done = cluster.run("gke.sh", *GKE, "--", *words, kubectl=[{}, {"out": "0/Completed"}])
+    assert done.returncode == 0, done.stderr
+    manifest = yaml.safe_load((cluster.place / "manifest").read_text())
+    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    wanted = [*words[:-1], workdir.replace("gs://", "/mnt/buckets/")]
+    assert [words_in_the_pod(word) for word in container["args"]] == wanted
+    assert ("volumeMounts" in container) == workdir.startswith("gs://")
+    assert container["image"] == "i:1" and manifest["metadata"]["name"] == "job"
+
+
+def test_gke_names_that_yaml_would_read_otherwise(cluster):
+    words = ("--name", "true", *GKE[2:4], "--accelerator", "123", "--topology", "4x4", "--service-account", "1.5")
+    assert cluster.run("gke.sh", *words, *COMMAND, kubectl=[{}, {"out": "0/Completed"}]).returncode == 0
+    manifest = yaml.safe_load((cluster.place / "manifest").read_text())
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert manifest["metadata"]["name"] == "true" and pod["serviceAccountName"] == "1.5"
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "123"
+
+
+def test_gke_refuses_what_no_manifest_holds(cluster):
+    refused = cluster.run("gke.sh", *GKE, "--", "generate", "--prompt", "a\x07b")
+    assert refused.returncode == 2 and "control character" in refused.stderr and cluster.calls == []
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", ["--workdir=gs://my-bucket/w", "teacher=gs://my-bucket/w"])
+def test_a_bucket_behind_an_equals_sign_is_mounted_too(cluster, word):
+    assert cluster.run("gke.sh", *GKE, "--", "distill", word, kubectl=[{}, {"out": "0/Completed"}]).returncode == 0
+    manifest = (cluster.place / "manifest").read_text()
+    assert word.replace("gs://", "/mnt/buckets/") in manifest and "bucketName" in manifest
+    refused = cluster.run("gke.sh", *GKE, "--", "distill", "--workdir=gs://b")
+    assert refused.returncode == 2 and "'gs://b' is no path in a bucket" in refused.stderr
 
 
 def test_gke_says_how_a_run_ended(cluster):

@@ -66,8 +66,13 @@ def said(logs: pathlib.Path) -> str:
 
 def wait_for_lines(file: pathlib.Path, count: int, seconds: float = 120) -> None:
     """Returns once the file has so many lines."""
+    wait_for_words(file, "\n", seconds, count)
+
+
+def wait_for_words(file: pathlib.Path, words: str, seconds: float = 120, count: int = 1) -> None:
+    """Returns once the file has the words, so many times."""
     deadline = time.monotonic() + seconds
-    while not file.exists() or file.read_text().count("\n") < count:
+    while not file.exists() or file.read_text().count(words) < count:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{file} has not got {count} lines")
+            raise TimeoutError(f"{file} has not got {words!r} {count} times")
         time.sleep(0.02)

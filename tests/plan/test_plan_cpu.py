@@ -92,6 +92,12 @@ def test_weights_travel_one_by_one_and_gradients_return_divided(config_file):
         (["--topology", "cpu8", "--mesh", "fsdp=2,fsdp=8"], "mesh 'fsdp=2,fsdp=8' gives fsdp twice"),
         (["--topology", "cpu8", "--json", "/proc/no/plan.json"], "/proc/no cannot be a directory.*another place"),
         (["--topology", "cpu8", "--json", "/"], "/ is a directory; name a file"),
+        (["--topology", "v5p-33"], "topology 'v5p-33' is no machine"),
+        (["--topology", "cpu" + "8" * 5000], "topology 'cpu8.*' is no machine"),
+        (["--topology", "cpu8", "--mesh", "fsdp=8", "--mesh", "data=3"], "^hypenet: cpu8, mesh data=3: mesh data=3 x"),
+        (["--topology", "cpu8,cpu4", "--mesh", "fsdp=8"], "^hypenet: cpu4, mesh fsdp=8: mesh data=1 x fsdp=8"),
+        (["--topology", "cpu8", "--mesh", "fsdp=8", "--mesh", "foo=8"], "^hypenet: cpu8, mesh foo=8: .*'foo' is unkn"),
+        (["--topology", "cpu8", "--mesh", "fsdp=8,data=0"], "^hypenet: cpu8, mesh fsdp=8,data=0: .*has size 0"),
         (["--topology", "v5p-3"], "topology 'v5p-3' is no machine"),
         (["--topology", "cpu8", "--set", "mesh.fsdp=0"], "mesh axis 'fsdp' has size 0"),
         (["--topology", "cpu8", "--set", "mesh.foo=3"], "mesh axis 'foo' is unknown"),
@@ -112,6 +118,20 @@ def test_mistakes_are_one_sentence(config_file, capsys, words, sentence):
     assert len(said) == 1 and not told.out
     with pytest.raises(HypenetError, match=sentence):
         raise HypenetError(said[0])
+
+
+def test_what_is_not_a_plan_is_not_overwritten(config_file, tmp_path, capsys):
+    notes, page = tmp_path / "notes.md", tmp_path / "plan.html"
+    notes.write_text("mine")
+    page.write_text("<html>mine")
+    words = ["plan", "--config", str(config_file), "--topology", "cpu8", "--stages", "distill"]
+    for more, sentence in (
+        (["--json", str(notes)], f"{notes} exists and holds something else than such records; name another file"),
+        (["--out", str(tmp_path)], f"{page} exists and is not a page of this command; name another directory"),
+    ):
+        assert main([*words, *more]) == 2
+        assert capsys.readouterr().err == f"hypenet: {sentence}\n"
+    assert notes.read_text() == "mine" and page.read_text() == "<html>mine"
 
 
 def test_a_missing_compiler_has_its_remedy(monkeypatch, tmp_path):

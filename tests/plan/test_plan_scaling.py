@@ -1,12 +1,21 @@
 """`hypenet scaling` runs real steps on subsets of the devices here."""
 
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from test_plan_cpu import CONFIG
 
 from hypenet_jax.cli import main
+from hypenet_jax.plan import scaling as module
 from hypenet_jax.plan.trace import _covered
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +40,76 @@ def test_two_meshes(config_file, tmp_path, capsys, weak):
     assert (tmp_path / "scaling.html").read_text().count("<svg") == 2
 
 
+def test_a_run_that_is_cut_off_keeps_what_it_has_measured(config_file, tmp_path, monkeypatch):
+    measure, calls = module._measure, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "_measure", interrupted)
+    words = ["scaling", "--config", str(config_file), "--meshes", "fsdp=2", "fsdp=1", "fsdp=4", "--steps", "1"]
+    words += ["--json", str(tmp_path / "new/s.json"), "--out", str(tmp_path / "page")]
+    assert main(words) == 130
+    two, one = json.loads((tmp_path / "new/s.json").read_text())
+    assert (two["devices"], one["devices"], one["efficiency"]) == (2, 1, 1.0) and two["efficiency"] != 1.0
+    assert (tmp_path / "page/scaling.html").read_text().count("<tr>") == 3
+    # The same command may follow: what is there is its own.
+    calls.append(None)
+    assert main([*words[:3], "--meshes", "fsdp=1", *words[7:]]) == 0
+    assert len(json.loads((tmp_path / "new/s.json").read_text())) == 1
+
+
+def test_sigterm_ends_it_at_once_and_what_was_measured_is_there(config_file, tmp_path):
+    file = tmp_path / "s.json"
+    words = ["scaling", "--config", str(config_file), "--meshes", "fsdp=1", "fsdp=2", "--json", str(file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "hypenet_jax.cli", *words], env=environment, stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not file.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        running.terminate()
+        # As a shell writes it: 143.
+        assert running.wait(30) == -signal.SIGTERM and "Traceback" not in running.stderr.read()
+    assert [record["devices"] for record in json.loads(file.read_text())] == [1]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--meshes", "fsdp=16"], "a mesh has 16 devices and there are 8 here"),
-        (["--meshes", "fsdp=-1"], "has size -1; a mesh of a list needs all its sizes"),
+        (["--meshes", "fsdp=1", "fsdp=16"], "mesh 'fsdp=16' has 16 devices and there are 8 here"),
+        (["--meshes", "fsdp=1", "fsdp=999999999"], "has 999999999 devices and there are 8 here"),
+        (["--meshes", "fsdp=1", "fsdp=-1"], "mesh 'fsdp=-1': mesh axis 'fsdp' has size -1; a mesh of a list needs all"),
+        (["--meshes", "fsdp=1", "foo=2"], "mesh 'foo=2': mesh axis 'foo' is unknown"),
+        (["--meshes", "fsdp=1", "fsdp=3"], "mesh 'fsdp=3': batch_size 16 in 1 microbatches gives 16 rows, which do"),
+        (["--meshes", "fsdp=4", "fsdp=3", "--weak"], "mesh 'fsdp=4': 16 rows on 3 devices do not grow evenly to 4"),
+        (["--meshes", "fsdp=1", "tensor=8"], "mesh 'tensor=8': "),
         (["--meshes", "fsdp=2", "--steps", "0"], "steps is 0"),
+        (["--meshes", "fsdp=1", "--json", "/proc/no/s.json"], "/proc/no cannot be a directory"),
+        (["--meshes", "fsdp=1", "--json", "/"], "/ is a directory; name a file for the records"),
+        (["--meshes", "fsdp=1", "--json", "/proc/s.json"], "/proc cannot be written to"),
+        (["--meshes", "fsdp=1", "--json", "mine/notes"], "mine/notes exists and holds something else"),
+        (["--meshes", "fsdp=1", "--out", "mine"], "mine/scaling.html exists and is not a page of this command"),
+        (["--meshes", "fsdp=1", "--out", "mine/notes"], "mine/notes"),
+        (["--meshes", "fsdp=1", "--json", "new/s.json", "--out", "mine"], "mine/scaling.html exists"),
     ],
 )
-def test_mistakes(config_file, capsys, words, sentence):
+def test_mistakes_are_one_sentence_before_anything_is_measured(
+    config_file, tmp_path, monkeypatch, capsys, words, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").write_text("mine")
+    (tmp_path / "mine/scaling.html").write_text("<html>mine")
+    monkeypatch.setattr(module, "_measure", lambda *a: pytest.fail("measured"))
     assert main(["scaling", "--config", str(config_file), *words]) == 2
-    assert sentence in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert sentence in told.err and len(told.err.splitlines()) == 1 and not told.out
+    assert (tmp_path / "mine/notes").read_text() == "mine" and not (tmp_path / "new").exists()
 
 
 def test_what_lies_within_another_counts_once():
