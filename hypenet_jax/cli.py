@@ -162,6 +162,8 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.json == "":
+        raise HypenetError("--json is empty; name a file for the measurements")
     path = arguments.json and pathlib.Path(arguments.json)
     if path and (path.exists() or not path.parent.is_dir()):
         raise HypenetError(f"cannot write {path}: it exists, or its directory does not; name a new file")

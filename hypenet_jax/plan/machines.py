@@ -14,7 +14,10 @@ import importlib.util
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -154,7 +157,7 @@ def open_devices(machine: Machine) -> list[Any]:
         raise HypenetError(
             f"{machine.name} needs the {kind} compiler {package}, which is not installed; run `make aot`"
         )
-    with quiet():
+    with quiet(), sigterm_kept():
         return open_topology(machine.topology)
 
 
@@ -172,6 +175,20 @@ def compiler_options(machine: Machine, quick: bool) -> dict[str, str]:
         options["xla_disable_hlo_passes"] = "rematerialization"
     cuda = APART / "nvidia/cu13"
     return options | ({"xla_gpu_cuda_data_dir": str(cuda)} if cuda.is_dir() else {})
+
+
+@contextlib.contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """SIGTERM does what it did before: libtpu takes it as it is loaded, and would print the stack of the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # None: a handler that is not Python's, which cannot be put back; the default ends the process quietly.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class quiet:

@@ -34,6 +34,10 @@ def check_places(output: Output, json_file: str | None, directory: str | None) -
     Raises:
       HypenetError: a place that cannot be written, or that holds something else, which is not overwritten.
     """
+    if json_file == "":
+        raise HypenetError("--json is empty; name a file for the records")
+    if directory == "":
+        raise HypenetError("--out is empty; name a directory for the page")
     places = []
     if json_file:
         _check_records(pathlib.Path(json_file), output.field)

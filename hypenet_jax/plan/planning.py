@@ -62,15 +62,18 @@ def plan(
         sizes are not known, or batches that do not divide.
     """
     teacher = config_of(config.teacher) if isinstance(config, ConvertConfig) else None
-    machines, given = [machine(name) for name in topologies], [parsed_mesh(text) for text in meshes]
+    machines = [machine(name) for name in dict.fromkeys(topologies)]
+    given = [parsed_mesh(text) for text in dict.fromkeys(meshes)]
     use_cpu(max((m.chips for m in machines if m.platform == "cpu"), default=1))
-    wanted = list(stages or stages_of(config))
-    cells = []
+    wanted = list(dict.fromkeys(stages or stages_of(config)))
+    cells: list[_Cell] = []
     # What can be wrong is said before the first compilation, which may take minutes.
     for one in machines:
         for axes in given or [_default_mesh(config, one)]:
             with named(f"{one.name}, mesh {written(axes)}"):
-                cells.append(_cell(config, one, axes))
+                cell = _cell(config, one, axes)
+            if not any(cell.machine == other.machine and cell.mesh == other.mesh for other in cells):
+                cells.append(cell)
     for cell in cells:
         for stage in wanted:
             with named(f"{stage} on {cell.machine.name}, mesh {written(cell.axes)}"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 
 import jax
 import pytest
@@ -92,6 +93,8 @@ def test_weights_travel_one_by_one_and_gradients_return_divided(config_file):
         (["--topology", "cpu8", "--mesh", "fsdp=2,fsdp=8"], "mesh 'fsdp=2,fsdp=8' gives fsdp twice"),
         (["--topology", "cpu8", "--json", "/proc/no/plan.json"], "/proc/no cannot be a directory.*another place"),
         (["--topology", "cpu8", "--json", "/"], "/ is a directory; name a file"),
+        (["--topology", "cpu8", "--json", ""], "--json is empty; name a file"),
+        (["--topology", "cpu8", "--out", ""], "--out is empty; name a directory"),
         (["--topology", "v5p-33"], "topology 'v5p-33' is no machine"),
         (["--topology", "cpu" + "8" * 5000], "topology 'cpu8.*' is no machine"),
         (["--topology", "cpu8", "--mesh", "fsdp=8", "--mesh", "data=3"], "^hypenet: cpu8, mesh data=3: mesh data=3 x"),
@@ -139,6 +142,25 @@ def test_a_missing_compiler_has_its_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(machines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HypenetError, match="v5e-16 needs the TPU compiler libtpu.*make aot"):
         machines.open_devices(machine("v5e-16"))
+
+
+def test_a_compiler_does_not_keep_sigterm(monkeypatch):
+    """libtpu takes the signal as it is loaded, and would print the stack of a plan that is stopped."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(machines.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(machines, "open_topology", lambda _: [signal.signal(signal.SIGTERM, signal.SIG_IGN)])
+    machines.open_devices(machine("v5e-16"))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_named_twice_is_compiled_once(config_file, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(planning, "_record", lambda stage, cell, *_: compiled.append((stage, cell)) or {"stage": stage})
+    monkeypatch.setattr(planning, "describe", str)
+    monkeypatch.setattr(planning, "overview", str)
+    words = ["--topology", "cpu8,cpu8", "--topology", "cpu8", "--mesh", "fsdp=8", "--mesh", "fsdp=8,seq=1"]
+    assert main(["plan", "--config", str(config_file), *words, "--stages", "align", "decode", "align"]) == 0
+    assert [stage for stage, _ in compiled] == ["align", "decode"]
 
 
 def test_training_from_scratch_and_its_model_are_planned(config_file, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -33,6 +34,17 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     return write_conversion(tmp_path_factory.mktemp("tpu"))
+
+
+def test_a_plan_that_is_stopped_says_nothing(config_file):
+    command = [sys.executable, "-m", "hypenet_jax.cli", "plan", "--config", str(config_file), "--topology", "v5e-16"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert "v5e-16, 16 chips" in running.stdout.readline()
+        running.terminate()
+        assert running.wait(60) == -signal.SIGTERM and not running.stderr.read()
 
 
 def test_four_layers_of_distillation_on_v5e_16(config_file, tmp_path):
