@@ -179,8 +179,10 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _bench_train(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.parallel import startup
     from hypenet_jax.plan.bench import bench_train
 
+    startup.start(resumable=False)
     bench_train(
         _conversion(arguments),
         arguments.stage,
@@ -278,8 +280,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _scaling(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.parallel import startup
     from hypenet_jax.plan.scaling import scaling
 
+    startup.start(resumable=False)
     scaling(
         _conversion(arguments),
         arguments.meshes,

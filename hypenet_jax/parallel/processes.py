@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
 import re
@@ -32,6 +33,7 @@ XLA_STATUS = r"[A-Z_]+: "
 
 _DONE, _FAILED = "done", "failed "
 _calls = itertools.count()
+_meshes: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 
 def is_writer() -> bool:
@@ -64,11 +66,13 @@ def first(work: Callable[[], object]) -> None:
 def connect(mesh: Mesh) -> None:
     """Open every connection between CPU processes that collectives over axes of the mesh can ask for.
 
-    All processes must call it. Gloo makes a connection at the first collective that needs it and gives the others 30
-    seconds to come to it; programs that take longer to compile on one host than on another would miss each other.
+    All processes of the mesh must call it, in the same order. Gloo makes a connection at the first collective that
+    needs it and gives the others 30 seconds to come to it; programs that take longer to compile on one host than on
+    another would miss each other.
     """
     devices = mesh.devices.ravel()
-    if devices[0].platform != "cpu" or len({device.process_index for device in devices}) == 1:
+    members = sorted({device.process_index for device in devices})
+    if devices[0].platform != "cpu" or len(members) == 1 or jax.process_index() not in members:
         return
     axes = [name for name, size in mesh.shape.items() if size > 1]
     groups = [group for count in range(1, len(axes) + 1) for group in itertools.combinations(axes, count)]
@@ -80,7 +84,10 @@ def connect(mesh: Mesh) -> None:
 
     ones = place(np.ones(mesh.size, np.float32), NamedSharding(mesh, one_each))
     ready = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=one_each, out_specs=others)).lower(ones).compile()
-    _client().wait_at_barrier(f"hypenet/connect/{next(_calls)}", WAIT_SECONDS * 1000)
+    # Counted for these processes: others may have made meshes without them.
+    _meshes[tuple(members)] += 1
+    name = f"hypenet/connect/{'-'.join(map(str, members))}/{_meshes[tuple(members)]}"
+    _client().wait_at_barrier(name, WAIT_SECONDS * 1000, process_ids=members)
     jax.block_until_ready(ready(ones))
 
 

@@ -21,8 +21,10 @@ JOIN = "HYPENET_JOIN_SECONDS"
 JOIN_SECONDS = 300
 
 
-def start(environment: Mapping[str, str] = os.environ) -> None:
+def start(environment: Mapping[str, str] = os.environ, *, resumable: bool = True) -> None:
     """Join the other processes of this run; nothing where there is one process or they have been joined.
+
+    resumable: SIGTERM is noted for `preemption`; else it ends the process as it always did.
 
     Explicit by HYPENET_COORDINATOR (host:port of process 0), HYPENET_PROCESSES and HYPENET_PROCESS_ID, all three or
     none; without them found by JAX on TPU pods and under Slurm. Raises HypenetError, in one sentence, where the
@@ -41,6 +43,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         return
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", resumable)
     arguments |= {"heartbeat_timeout_seconds": _whole_number(environment, HEARTBEAT, HEARTBEAT_SECONDS)}
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=_whole_number(environment, JOIN, JOIN_SECONDS))

@@ -22,7 +22,10 @@ from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
+from hypenet_jax.parallel import processes
 from hypenet_jax.parallel.mesh import check_compute_dtype, make_mesh
+from hypenet_jax.parallel.processes import own_rows
+from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.plan.compile import held
 from hypenet_jax.plan.flops import model_flops, training_flops
 from hypenet_jax.plan.machines import GIB, chip_of
@@ -60,6 +63,8 @@ def bench_train(
     through the data pipeline out of text that is made here. MFU is `flops.model_flops` of the documents as they lie in
     the rows, over the peak.
 
+    With several processes all of them call it, and process 0 writes and says.
+
     Args:
       stages: of "align", "distill", "finetune".
       steps: measured ones, after a warm-up.
@@ -83,6 +88,7 @@ def bench_train(
         "config": dataclasses.asdict(config),
         "rows": [],
     }
+    say = say if processes.is_writer() else _nothing
     top = f"peak {peak['flops'] / 1e12:.4g} TFLOP/s a device ({peak['source']})"
     say(f"{mesh.size} x {result['device']}, {written(dict(mesh.shape))}; {top}")
     say("".join(name.ljust(width) for name, width in COLUMNS.items()).rstrip())
@@ -90,14 +96,14 @@ def bench_train(
         for record in _stage(stage, config, teacher, mesh, steps, documents, peak["flops"]):
             result["rows"].append(record)
             say(line(record))
-            if json_file:
+            if json_file and processes.is_writer():
                 write_json(pathlib.Path(json_file), result)
     return result
 
 
 def peak_of(mesh: Mesh, dtype: str) -> dict[str, Any]:
     """{"flops": of one device, a second, "source"}: its data sheet's, or what a large product reaches here."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     chip = chip_of(device.device_kind)
     if chip is not None:
         return {"flops": chip.flops, "source": "dense bfloat16, of its maker's data sheet (plan/machines.py)"}
@@ -182,10 +188,17 @@ def _run(
     mesh: Mesh,
     workers: int,
 ) -> tuple[Any, Steps, float]:
-    """(state, seconds of the measured steps, `mean_span` of their documents)."""
+    """(state, seconds of the measured steps, `mean_span` of the documents in this process's rows of them)."""
     packed, steps = text
     batches = StageBatches(
-        packed, seq_len=stage.seq_len, batch_size=stage.batch_size, start_token=0, steps=steps, seed=0, workers=workers
+        packed,
+        seq_len=stage.seq_len,
+        batch_size=stage.batch_size,
+        start_token=0,
+        steps=steps,
+        seed=0,
+        rows=own_rows(batch_sharding(mesh), stage.batch_size, stage.seq_len),
+        workers=workers,
     )
     seen: list[np.ndarray] = []
 
@@ -251,7 +264,7 @@ def _memory(compiled: Any, work: Work, mesh: Mesh) -> dict[str, Any]:
     plan = compiled.memory_analysis()
     beside = plan.output_size_in_bytes - plan.alias_size_in_bytes
     arguments, temporaries = plan.argument_size_in_bytes, plan.temp_size_in_bytes
-    found = [device.memory_stats() or {} for device in mesh.devices.flat]
+    found = [device.memory_stats() or {} for device in mesh.local_devices]
     return {
         "parts_bytes": {name: held(tree) for name, tree in work.parts.items() if tree is not None},
         "argument_bytes": arguments,
@@ -261,6 +274,10 @@ def _memory(compiled: Any, work: Work, mesh: Mesh) -> dict[str, Any]:
         "process_peak_bytes": max((stats.get("peak_bytes_in_use", 0) for stats in found), default=0) or None,
         "limit_bytes": max((stats.get("bytes_limit", 0) for stats in found), default=0) or None,
     }
+
+
+def _nothing(_line: str) -> None:
+    """What the other processes say."""
 
 
 def _count(tree: Any) -> int:

@@ -9,6 +9,7 @@ import math
 import pathlib
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from hypenet_jax.halo.settings import ConvertConfig
 from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
+from hypenet_jax.parallel import processes
 from hypenet_jax.parallel.mesh import check_axes, check_compute_dtype, make_mesh
 from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.plan.machines import MOST_CPUS
@@ -30,9 +32,13 @@ from hypenet_jax.plan.running import WARM_UP, random_arrays, timed_steps
 from hypenet_jax.plan.stages import Work, work_of
 from hypenet_jax.plan.table import aligned
 from hypenet_jax.plan.trace import busy_seconds
+from hypenet_jax.train.checkpoint import versions
 
 TRACED = 3
-COLUMNS = ("mesh", "devices", "rows", "ms/step", "tokens/s", "efficiency", "compute ms", "collectives ms", "input ms")
+COLUMNS = (
+    "mesh", "devices", "rows", "ms/step", "tokens/s", "efficiency", "compute ms", "collectives ms", "input ms",
+    "loss differs",
+)  # fmt: skip
 
 
 def scaling(
@@ -51,10 +57,13 @@ def scaling(
     Weights and tokens are random: they cost what real ones cost. The step is the one that training runs. Every number
     is measured: a step is the median over `steps` with a batch that lies on the devices, `input` is what the median
     grows by when each step waits for a new batch from the host, compute and collectives are of a profiler's trace
-    (`trace.busy_seconds`). Efficiency is throughput a device, relative to the mesh of the fewest devices.
+    (`trace.busy_seconds`) of process 0. Efficiency is throughput a device, relative to the mesh of the fewest devices.
+    The weights and, without `weak`, the batches are the same on every mesh, so that losses and gradient norms can be
+    compared: `loss_difference` is the largest one relative to that mesh's, over all steps. With several processes all
+    of them call it; those without devices of a mesh wait, and process 0 writes and says.
 
     Args:
-      meshes: "fsdp=2,tensor=2", each on as many of the devices as it takes.
+      meshes: "fsdp=2,tensor=2", each on as many of the devices as it takes, those of the first processes.
       weak: the config's batch is that of the smallest mesh and grows with the devices, instead of being the same.
       json_file, directory: where the records, and the table with the plot, are written; None writes none.
 
@@ -65,14 +74,16 @@ def scaling(
     if steps < 1:
         raise HypenetError(f"steps is {steps}; it must be at least 1")
     cells = _cells(config, meshes, stage, weak)
-    check_places(SCALING, json_file, directory)
+    processes.first(lambda: check_places(SCALING, json_file, directory))
+    say = say if processes.is_writer() else _nothing
     records: list[dict[str, Any]] = []
     for cell in cells:
-        records.append(_measure(cell, stage, steps))
-        say(f"{written(cell.axes)}: {records[-1]['tokens_per_second']:,.0f} tokens/s")
-        _compare(records)
+        if jax.process_index() in {device.process_index for device in cell.mesh.devices.flat}:
+            records.append(_measure(cell, stage, steps))
+            say(f"{written(cell.axes)}: {records[-1]['tokens_per_second']:,.0f} tokens/s")
+            _compare(records, weak)
         # After every mesh: a run that is killed keeps what it has measured.
-        _write(records, json_file, directory)
+        processes.first(lambda: _write(records, json_file, directory))
     say(f"{stage}, {'weak' if weak else 'strong'} scaling, {jax.devices()[0].device_kind}\n{aligned(_table(records))}")
     if directory:
         say(f"the table and the plot are in {pathlib.Path(directory) / SCALING.page}")
@@ -100,22 +111,32 @@ def _cells(config: ConvertConfig, meshes: Sequence[str], stage: str, weak: bool)
     sizes = [math.prod(axes.values()) for axes in wanted]
     _enough_devices(dict(zip(meshes, sizes, strict=True)))
     check_compute_dtype(config.dtype)
+    # Whole processes, of which process 0 is always one.
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
     cells = []
     for text, axes, size in zip(meshes, wanted, sizes, strict=True):
         with named(f"mesh {text!r}"):
             changed = _grown(config, stage, size, min(sizes)) if weak else config
-            mesh = make_mesh(axes, jax.devices()[:size])
+            mesh = make_mesh(axes, devices[:size])
             work_of(stage, changed, teacher, mesh)
         cells.append(_Cell(changed, teacher, mesh, axes))
     return cells
 
 
-def _compare(records: list[dict[str, Any]]) -> None:
-    """Give every record its efficiency, relative to the smallest mesh that has been measured."""
+def _compare(records: list[dict[str, Any]], weak: bool) -> None:
+    """Give every record its efficiency, relative to the smallest mesh that has been measured, and how losses differ."""
     base = min(records, key=lambda record: record["devices"])
     for record in records:
         each = record["tokens_per_second"] / record["devices"]
         record["efficiency"] = each / (base["tokens_per_second"] / base["devices"])
+        # Weak: other batches, with nothing to compare.
+        for name, values in (("loss_difference", "losses"), ("norm_difference", "gradient_norms")):
+            record[name] = None if weak else _largest_difference(record[values], base[values])
+
+
+def _largest_difference(these: Sequence[float], those: Sequence[float]) -> float:
+    """Relative to `those`."""
+    return max(abs(a - b) / abs(b) for a, b in zip(these, those, strict=True))
 
 
 def _write(records: list[dict[str, Any]], json_file: str | None, directory: str | None) -> None:
@@ -130,18 +151,20 @@ def _write(records: list[dict[str, Any]], json_file: str | None, directory: str 
 def _measure(cell: _Cell, stage: str, steps: int) -> dict[str, Any]:
     mesh = cell.mesh
     work = work_of(stage, cell.config, cell.teacher, mesh)
+    start = time.monotonic()
     state, frozen = (random_arrays(tree, seed) for seed, tree in enumerate(work.arguments[:2]))
     batches = _batches(work, cell.teacher.vocab_size)
     batch = _placed(next(batches), mesh)
     with jax.set_mesh(mesh):
-        state, _ = timed_steps(work.step, state, frozen, itertools.repeat(batch, WARM_UP))
+        state, warm = timed_steps(work.step, state, frozen, itertools.repeat(batch, WARM_UP))
+        started = time.monotonic() - start
         state, in_place = timed_steps(work.step, state, frozen, itertools.repeat(batch, steps))
         new = (_placed(one, mesh) for one in itertools.islice(batches, steps))
         state, fed = timed_steps(work.step, state, frozen, new)
         with tempfile.TemporaryDirectory() as traces:
             with jax.profiler.trace(traces):
                 timed_steps(work.step, state, frozen, itertools.repeat(batch, TRACED))
-            compute, collective = busy_seconds(traces, mesh.size)
+            compute, collective = busy_seconds(traces, len(mesh.local_devices))
     seconds, waiting = statistics.median(in_place.whole), statistics.median(fed.whole)
     return {
         "stage": stage,
@@ -154,6 +177,12 @@ def _measure(cell: _Cell, stage: str, steps: int) -> dict[str, Any]:
         "compute_seconds": compute / TRACED,
         "collective_seconds": collective / TRACED,
         "input_seconds": max(0.0, waiting - seconds),
+        "start_seconds": round(started, 1),
+        "step_seconds_all": in_place.running,
+        "losses": warm.losses + in_place.losses + fed.losses,
+        "gradient_norms": warm.norms + in_place.norms + fed.norms,
+        "peak_bytes": _peak(mesh),
+        "versions": versions(),
     }
 
 
@@ -168,7 +197,17 @@ def _batches(work: Work, vocabulary: int):
 
 
 def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    return jax.device_put(batch, batch_sharding(mesh))
+    return {name: processes.place(array, batch_sharding(mesh)) for name, array in batch.items()}
+
+
+def _peak(mesh: Mesh) -> int | None:
+    """The most memory that this process has had in use on one of its devices; None where a device keeps no count."""
+    found = [device.memory_stats() or {} for device in mesh.local_devices]
+    return max((stats.get("peak_bytes_in_use", 0) for stats in found), default=0) or None
+
+
+def _nothing(_line: str) -> None:
+    """What the other processes say."""
 
 
 def _check_sized(axes: dict[str, int]) -> None:
@@ -190,9 +229,11 @@ def _grown(config: ConvertConfig, stage: str, size: int, smallest: int) -> Conve
 def _enough_devices(sizes: dict[str, int]) -> None:
     """sizes: devices by mesh."""
     largest = max(sizes, key=lambda text: sizes[text])
-    # Counts where JAX has not started; a CPU is then as many devices as are asked for.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", min(sizes[largest], MOST_CPUS))
+    # Counts where JAX has not started; a CPU is then as many devices as are asked for, unless there are several
+    # processes, each with its own.
+    if not jax.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(sizes[largest], MOST_CPUS))
     here = len(jax.devices())
     if here < sizes[largest]:
         raise HypenetError(f"mesh {largest!r} has {sizes[largest]} devices and there are {here} here; leave it out")
@@ -212,4 +253,5 @@ def _row(record: dict[str, Any]) -> list[str]:
         f"{record['tokens_per_second']:,.0f}",
         f"{record['efficiency']:.2f}",
         *(f"{record[name] * 1e3:.1f}" for name in names),
+        "-" if record["loss_difference"] is None else f"{record['loss_difference']:.1e}",
     ]

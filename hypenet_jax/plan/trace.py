@@ -17,18 +17,27 @@ _NAMES = (*KINDS, "nccl", "psum", "ppermute", "all_gather", "reduce_scatter", "a
 def busy_seconds(directory: str, devices: int) -> tuple[float, float]:
     """(compute, collectives): seconds that a device spends in operations of either kind, mean over devices.
 
+    devices: of this process, whose trace it is.
+
     Collectives include the time that a device waits in them for the others. Where a device works on both at once, both
     count, so that the sum may exceed the time that has passed. (0, 0) where the trace names no operations.
     """
     compute = collective = 0.0
     for file in pathlib.Path(directory).rglob("*.xplane.pb"):
-        for plane in ProfileData.from_file(str(file)).planes:
-            for line in plane.lines:
-                events = list(_operations(line))
-                sending = _covered([(a, b) for a, b, name in events if _is_collective(name)])
-                collective += sending
-                compute += _covered([(a, b) for a, b, _ in events]) - sending
+        for line in _lines(ProfileData.from_file(str(file))):
+            events = list(_operations(line))
+            sending = _covered([(a, b) for a, b, name in events if _is_collective(name)])
+            collective += sending
+            compute += _covered([(a, b) for a, b, _ in events]) - sending
     return compute / devices / 1e9, collective / devices / 1e9
+
+
+def _lines(data: Any) -> Iterator[Any]:
+    """Those of accelerators, if there are any: the host's threads then name the operations that they hand over."""
+    planes = list(data.planes)
+    accelerators = [plane for plane in planes if plane.name.startswith("/device:") and any(plane.lines)]
+    for plane in accelerators or planes:
+        yield from plane.lines
 
 
 def _operations(line: Any) -> Iterator[tuple[float, float, str]]:

@@ -16,6 +16,9 @@ from hypenet_jax.plan import scaling as module
 from hypenet_jax.plan.trace import _covered
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/parallel"))
+
+from process_runs import codes, said, started  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,35 @@ def test_two_meshes(config_file, tmp_path, capsys, weak):
     assert one["efficiency"] == 1.0 and two["efficiency"] > 0
     assert one["collective_seconds"] == 0 < two["collective_seconds"]
     assert one["compute_seconds"] > 0 and one["step_seconds"] > 0
+    assert len(one["losses"]) == len(one["gradient_norms"]) == 2 + 2 + 2  # warm-up, in place, fed
+    assert (two["loss_difference"] is None) == weak
     assert (tmp_path / "scaling.html").read_text().count("<svg") == 2
+
+
+def test_losses_are_compared_with_the_smallest_mesh(config_file, tmp_path):
+    words = ["scaling", "--config", str(config_file), "--meshes", "fsdp=2", "fsdp=1", "data=2,seq=2,tensor=2"]
+    assert main([*words, "--steps", "1", "--json", str(tmp_path / "s.json")]) == 0
+    two, one, eight = json.loads((tmp_path / "s.json").read_text())
+    assert one["loss_difference"] == one["norm_difference"] == 0 and len(set(one["losses"])) == 4
+    for record in (two, eight):
+        differences = [abs(a / b - 1) for a, b in zip(record["losses"], one["losses"], strict=True)]
+        assert record["loss_difference"] == pytest.approx(max(differences), rel=1e-6) and max(differences) < 1e-5
+        assert record["norm_difference"] < 1e-4
+    assert eight["norm_difference"] > 0
+
+
+def test_several_processes_measure_together_and_one_writes(config_file, tmp_path):
+    """Meshes of one process's devices, of some and of all; the others wait."""
+    words = ["--config", str(config_file), "--meshes", "fsdp=2", "fsdp=1", "fsdp=4", "--steps", "1"]
+    words += ["--json", str(tmp_path / "s.json"), "--out", str(tmp_path)]
+    with started(["-m", "hypenet_jax.cli", "scaling", *words], 4, tmp_path / "logs") as running:
+        assert codes(running) == [0] * 4, said(tmp_path / "logs")
+    records = json.loads((tmp_path / "s.json").read_text())
+    assert [record["devices"] for record in records] == [2, 1, 4] and records[1]["collective_seconds"] == 0
+    assert all(record["loss_difference"] < 1e-5 and record["compute_seconds"] > 0 for record in records)
+    assert (tmp_path / "scaling.html").read_text().count("<svg") == 2
+    logs = [(tmp_path / f"logs/{number}.log").read_text() for number in range(4)]
+    assert "tokens/s" in logs[0] and not any("tokens/s" in log for log in logs[1:])
 
 
 def test_a_run_that_is_cut_off_keeps_what_it_has_measured(config_file, tmp_path, monkeypatch):
