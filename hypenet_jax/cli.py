@@ -170,6 +170,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.what == "train":
         _bench_train(arguments)
         return
+    if arguments.what == "exchange":
+        _bench_exchange(arguments)
+        return
     from hypenet_jax.halo.workdir import write_json
     from kernels_pallas.bench import bench
 
@@ -188,6 +191,19 @@ def _bench_train(arguments: argparse.Namespace) -> None:
         arguments.stage,
         arguments.steps,
         documents=arguments.documents,
+        json_file=arguments.json,
+        say=partial(print, flush=True),
+    )
+
+
+def _bench_exchange(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.plan.exchange import bench_exchange
+
+    bench_exchange(
+        arguments.lengths,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        width=arguments.width,
         json_file=arguments.json,
         say=partial(print, flush=True),
     )

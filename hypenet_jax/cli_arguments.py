@@ -9,7 +9,7 @@ import textwrap
 COMMANDS = {
     "doctor": ("versions, devices, which kernels work here, and a numerical self-check", "hypenet doctor"),
     "bench": (
-        "measure the kernels, or training steps, against this machine's ceilings and the peers installed here",
+        "measure the kernels, training steps, or attention over a divided row, on the devices here",
         "hypenet bench train --config configs/bench_2b.py --stage distill --json distill.json",
     ),
     "import": (
@@ -181,7 +181,16 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="tokens a document on average, each measured; 0: every row is one document",
     )
-    for kind in (kernels, train):
+    exchange = kinds.add_parser(
+        "exchange", help="attention over a row divided between the devices, by ring and by gather"
+    )
+    exchange.add_argument(
+        "--lengths", nargs="+", type=int, default=[16_384, 65_536, 131_072], metavar="TOKENS", help="tokens of a row"
+    )
+    exchange.add_argument("--heads", type=int, default=16, help="query heads")
+    exchange.add_argument("--kv-heads", type=int, default=8, help="key heads")
+    exchange.add_argument("--width", type=int, default=128, help="of a head")
+    for kind in (kernels, train, exchange):
         kind.add_argument("--json", metavar="FILE", help="write the measurements there as well")
 
 

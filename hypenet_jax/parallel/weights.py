@@ -26,12 +26,14 @@ def gathered(weight: jax.Array, dtype: DTypeLike, *axes: str | None) -> jax.Arra
         return weight.astype(dtype)
     divided = _spec(mesh, weight.shape, axes)
     whole = _spec(mesh, weight.shape, tuple(None if axis == GATHERED else axis for axis in axes))
-    return _gather(divided, whole, weight.astype(dtype))
+    if weight.dtype != dtype:
+        weight = jax.lax.with_sharding_constraint(weight.astype(dtype), divided)
+    # Without a cast nothing need be said of how it lies: a teacher that every device holds whole is gathered from nobody.
+    return _gather(divided, whole, weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(divided: PartitionSpec, whole: PartitionSpec, weight: jax.Array) -> jax.Array:
-    weight = jax.lax.with_sharding_constraint(weight, divided)
     return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(weight, whole))
 
 

@@ -299,3 +299,18 @@ def test_a_mesh_is_the_configs_where_it_fits_the_machine(config_file):
         axes = planning._default_mesh(config, machine(name))
         rows = axes.get("dcn", 1) * axes["fsdp"]
         assert rows <= 32 and math.prod(axes.values()) == machine(name).chips
+
+
+def test_a_teacher_that_every_device_holds_whole_is_not_gathered(config_file):
+    """Its matrices are not, and neither are the tokens, which all devices look up in a divided embedding."""
+
+    def gathered(*overrides):
+        config = load_config(config_file, overrides)
+        teacher, mesh = config_of(config.teacher), make_mesh({"fsdp": 4}, jax.devices()[:4])
+        work = work_of("distill", config, teacher, mesh)
+        matrices = sum(x.size * 4 for x in jax.tree.leaves(work.parts["teacher"]) if len(x.shape) > 1)
+        found = compile_work(work, mesh).collectives
+        return sum(one.size * one.count for one in found if one.kind == "all-gather"), matrices
+
+    (divided, matrices), (whole, _) = gathered(), gathered("teacher_rules.embed=()")
+    assert divided - whole == matrices + 16 * 32 * 4
