@@ -28,7 +28,7 @@ def gathered(weight: jax.Array, dtype: DTypeLike, *axes: str | None) -> jax.Arra
     whole = _spec(mesh, weight.shape, tuple(None if axis == GATHERED else axis for axis in axes))
     if weight.dtype != dtype:
         weight = jax.lax.with_sharding_constraint(weight.astype(dtype), divided)
-    # Without a cast nothing need be said of how it lies: a teacher that every device holds whole is gathered from nobody.
+    # Without a cast nothing need be said of how it lies: a teacher that all devices hold whole is gathered from nobody.
     return _gather(divided, whole, weight)
 
 
