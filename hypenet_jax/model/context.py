@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hypenet_jax.parallel.sharded_kernels import along_rows
+
 
 class Context(NamedTuple):
     """Positions and documents of a batch.
@@ -29,7 +31,11 @@ def training_context(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None) -> 
     steps = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     if segment_ids_BT is None:
         return Context(steps, None)
-    valid = segment_ids_BT >= 0
+    return Context(*along_rows(_positions_and_documents, segment_ids_BT))
+
+
+def _positions_and_documents(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    steps, valid = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None], segment_ids_BT >= 0
     # Padding may stand between or inside documents: compare with the last real token, and do not count padding.
     last_real = jax.lax.cummax(jnp.where(valid, steps, -1), axis=1)
     before = jnp.pad(last_real[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -38,4 +44,4 @@ def training_context(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None) -> 
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
     start_count = jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
     document = jnp.where(valid, jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1, -1)
-    return Context(jnp.where(valid, count - start_count, 0), document)
+    return jnp.where(valid, count - start_count, 0), document

@@ -14,7 +14,7 @@ from hypenet_jax.model.context import Context, training_context
 from hypenet_jax.model.layers import hype_scaling, query_scaling, rms_norm, swiglu
 from hypenet_jax.model.parameters import Parameter, Table, ones
 from hypenet_jax.parallel.activations import constrain, sequence_shards
-from hypenet_jax.parallel.sharded_kernels import to_natural, to_zigzag
+from hypenet_jax.parallel.sharded_kernels import along_rows, to_natural, to_zigzag
 
 # mix(layer, normed_BTD, context) -> the mixer's output [B, T, D]
 Mix = Callable[[int, jax.Array, Context], jax.Array]
@@ -132,7 +132,7 @@ def step(
     if split:
         fill = ((0, 0), (0, -length % (2 * shards)))
         tokens_BT, valid_BT = jnp.pad(tokens_BT, fill), jnp.pad(valid_BT, fill)
-    count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32)
+    count_BT = along_rows(lambda valid_BT: jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32), valid_BT)
     positions_BT = jnp.maximum(cache["length"][:, None] + count_BT - 1, 0)
     ids_BT = jnp.where(valid_BT, 0, -1)
     context = Context(positions_BT, ids_BT, _query_scale(config, hype_a, positions_BT))

@@ -9,6 +9,7 @@ from test_parallel_equality import STUDENT, draw
 
 from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.model import LanguageModel
+from hypenet_jax.model.context import training_context
 from hypenet_jax.parallel.mesh import make_mesh
 from hypenet_jax.parallel.rules import batch_sharding, param_shardings
 
@@ -51,3 +52,13 @@ def test_no_device_holds_scores_of_all_pairs_nor_what_another_could(exchange):
     assert set(gathered) == ({keys} if exchange == "gather" else set())
     whole = [sizes for _, sizes in floats if LENGTH in sizes]
     assert all(int(np.prod(sizes)) <= keys for sizes in whole) if exchange == "gather" else not whole
+
+
+def test_tokens_are_counted_along_whole_rows():
+    """The ids are gathered, and no more is asked of other devices: a divided running sum may be a loop of T steps."""
+    mesh = make_mesh({"data": 2, "seq": SHARDS})
+    ids = jax.ShapeDtypeStruct((2, LENGTH), np.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        count = jax.jit(lambda ids: training_context(ids, ids)[:2], out_shardings=batch_sharding(mesh))
+        text = count.lower(ids).compile().as_text()
+    assert list(shapes(text, MOVES)) == [("s32", [1, LENGTH])] and " while(" not in text
