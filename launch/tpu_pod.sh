@@ -325,16 +325,38 @@ start() {
   demand start "cannot start the command"
 }
 
+same_beginning() { # FILE FILE: one of them goes on where the other ends
+  local one two
+  one=$(wc -c <"$1") two=$(wc -c <"$2")
+  cmp -s -n "$((one < two ? one : two))" "$1" "$2"
+}
+
+# What came of a worker's log becomes worker-N-R.log, R the restart. A connection that ends early takes nothing from what
+# an earlier one brought, and a log that is not the same run's (of a launcher before this one) is left: R is raised then.
+keep() { # WORKER RESTART
+  local part=$LOGS/worker-$1.part number=$2 log
+  [[ -s $part ]] || { rm -f "$part" && return; }
+  while log=$LOGS/worker-$1-$number.log && [[ -e $log ]] && ! same_beginning "$part" "$log"; do
+    number=$((number + 1))
+  done
+  if [[ -e $log ]] && (($(wc -c <"$part") < $(wc -c <"$log"))); then rm "$part"; else mv "$part" "$log"; fi
+  echo "$log" >"$SCRATCH/log.$1"
+}
+
 # Wait for the end on every worker; CODES[n] is its exit code, or "lost" where three connections ended without one.
 # shellcheck disable=SC2059
-follow() {
-  local worker attempt pids=()
+follow() { # RESTART
+  local worker attempt part pids=()
   mkdir -p "$LOGS"
   for ((worker = 0; worker < WORKERS; worker++)); do
+    part=$LOGS/worker-$worker.part
+    keep "$worker" 0 # a launcher that was killed has left it
     (
       for attempt in 1 2 3; do
-        ssh_to "$worker" ": follow; $(printf "$FOLLOW" "$NAME")" >"$LOGS/worker-$worker.log" 2>"$SCRATCH/follow.$worker" || true
-        grep -q '^hypenet-exit-code=[0-9]' "$LOGS/worker-$worker.log" && break
+        ssh_to "$worker" ": follow; $(printf "$FOLLOW" "$NAME")" >"$part" 2>"$SCRATCH/follow.$worker" || true
+        sed -n 's/^hypenet-exit-code=\([0-9]\)/\1/p' "$part" | tail -n 1 >"$SCRATCH/code.$worker"
+        keep "$worker" "$1"
+        [[ ! -s $SCRATCH/code.$worker ]] || break
         [[ $(resource_state) == ACTIVE ]] || break
         ((attempt == 3)) || sleep "$POLL"
       done
@@ -344,7 +366,7 @@ follow() {
   wait "${pids[@]}" || true
   CODES=()
   for ((worker = 0; worker < WORKERS; worker++)); do
-    CODES+=("$(sed -n 's/^hypenet-exit-code=\([0-9]\)/\1/p' "$LOGS/worker-$worker.log" | tail -n 1)")
+    CODES+=("$(cat "$SCRATCH/code.$worker")")
     CODES[worker]=${CODES[worker]:-lost}
   done
 }
@@ -369,7 +391,7 @@ explain_failure() {
       0) ;;
       "$EXIT_LOST" | "$EXIT_ABORTED") [[ -n $cause ]] || lost_another "$worker" ;;
       lost) fail "worker $worker was lost while it ran; the same command continues, logs are in $LOGS" ;;
-      *) fail "worker $worker ended with exit code ${CODES[worker]} (last words: $(grep -v '^hypenet-exit-code=' "$LOGS/worker-$worker.log" | tail -n 1)); logs are in $LOGS, the resource stays, remove it with --down" ;;
+      *) fail "worker $worker ended with exit code ${CODES[worker]} (last words: $(grep -v '^hypenet-exit-code=' "$(cat "$SCRATCH/log.$worker")" | tail -n 1)); logs are in $LOGS, the resource stays, remove it with --down" ;;
     esac
   done
 }
@@ -421,7 +443,7 @@ main() {
     mount_buckets
     start
     say "running on $WORKERS worker(s); logs come to $LOGS"
-    follow
+    follow "$restarts"
     result=$(outcome)
     case $result in
       'done') break ;;

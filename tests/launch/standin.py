@@ -101,10 +101,15 @@ def ssh(worker: int, command: str, state: dict) -> int:
         state["installed"].append(worker)
         state["commit"] = re.search(r"echo (\w+) > installed", command)[1]
     if step == "follow":
-        code = nth(SCENARIO.get("codes", [[0, 0]]), turn(state, f"follow{worker}"))[worker]
-        print(f"words of worker {worker}")
+        index = turn(state, f"follow{worker}")
+        code = nth(SCENARIO.get("codes", [[0, 0]]), index)[worker]
+        # A connection that ends: "silent" before a word came, "lost" after some, "preempted" with the whole slice.
+        if code == "silent":
+            return 255
+        print(nth(SCENARIO.get("words", ["words of worker {}"]), index).format(worker))
         if code == "preempted":
             state["node"] = "PREEMPTED"
+        if code in ("lost", "preempted"):
             return 255
         print(f"hypenet-exit-code={code}")
     return 0

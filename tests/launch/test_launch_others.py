@@ -201,4 +201,4 @@ def test_a_sweep_over_a_slice_makes_one_resource(cluster):
     assert cluster.verbs("create", "delete") == ["create"]
     logs = cluster.place / "launch-logs/s"
     assert {path.name for path in logs.iterdir()} == {"results.tsv", "s-1", "s-1.log", "s-2", "s-2.log"}
-    assert (logs / "s-2/worker-0.log").is_file() and "remove it with --down" in (logs / "s-2.log").read_text()
+    assert (logs / "s-2/worker-0-0.log").is_file() and "remove it with --down" in (logs / "s-2.log").read_text()

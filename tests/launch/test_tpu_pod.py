@@ -12,11 +12,16 @@ def steps(cluster, worker: int) -> list[str]:
     return [next(a for a in call if a.startswith("--command=")).split()[1].rstrip(";") for call in mine]
 
 
+def logs(cluster) -> dict[str, str]:
+    """The files of the logs' folder, each with its first line."""
+    return {p.name: p.read_text().partition("\n")[0] for p in (cluster.place / "launch-logs/job").iterdir()}
+
+
 def test_from_nothing_to_done(cluster):
     done = cluster.run("tpu_pod.sh", *RUN)
     assert done.returncode == 0, done.stderr
     assert steps(cluster, 0) == steps(cluster, 1) == ["check", "mkdir", "install", "check", "mount", "start", "follow"]
-    assert "words of worker 1" in (cluster.place / "launch-logs/job/worker-1.log").read_text()
+    assert "words of worker 1" in (cluster.place / "launch-logs/job/worker-1-0.log").read_text()
     started = next(a for call in cluster.calls for a in call if a.startswith("--command=: start"))
     assert r"my\\\ config.py" in started
     assert "/mnt/buckets/bkt/w" in started and "gs://" not in started
@@ -75,6 +80,35 @@ def test_a_preempted_resource_is_made_again_and_the_run_resumed(cluster):
     assert steps(cluster, 0).count("install") == steps(cluster, 0).count("start") == 2
     starts = {a for call in cluster.calls for a in call if a.startswith("--command=: start")}
     assert len(starts) == 1  # the same command, so the same work directory
+
+
+def test_what_a_lost_worker_said_is_kept(cluster):
+    """Three connections end; the later ones bring nothing or less than the first."""
+    words = ["a traceback of worker {}\nand its end", "a traceback of worker {}"]
+    lost = cluster.run("tpu_pod.sh", *RUN, codes=[[0, "lost"], [0, "lost"], [0, "silent"]], words=words)
+    assert lost.returncode == 1 and "worker 1 was lost" in lost.stderr
+    assert logs(cluster) == {"worker-0-0.log": "a traceback of worker 0", "worker-1-0.log": "a traceback of worker 1"}
+    assert "and its end" in (cluster.place / "launch-logs/job/worker-1-0.log").read_text()
+
+
+def test_every_restart_has_logs_of_its_own(cluster):
+    words = ["first words of {}", "second words of {}"]
+    done = cluster.run("tpu_pod.sh", *RUN, codes=[[75, "preempted"], [0, 0]], words=words)
+    assert done.returncode == 0, done.stderr
+    wanted = {f"worker-{n}-{r}.log": f"{words[r].format(n)}" for n in (0, 1) for r in (0, 1)}
+    assert logs(cluster) == wanted
+
+
+def test_a_launcher_that_is_started_again_overwrites_no_log(cluster):
+    """A log that goes on takes its file's place; another one, of a slice that was made again, gets the next number."""
+    cluster.run("tpu_pod.sh", *RUN, codes=[["lost", "lost"]], words=["run"])
+    cluster.run("tpu_pod.sh", *RUN, codes=[["lost", "lost"]], words=["run"])
+    assert logs(cluster) == {"worker-0-0.log": "run", "worker-1-0.log": "run"}
+    (cluster.place / "launch-logs/job/worker-1.part").write_text("run\nand what a killed launcher had\n")
+    cluster.run("tpu_pod.sh", *RUN, words=["another run"])
+    both = {"worker-0-0.log": "run", "worker-0-1.log": "another run"}
+    assert logs(cluster) == both | {"worker-1-0.log": "run", "worker-1-1.log": "another run"}
+    assert "killed launcher" in (cluster.place / "launch-logs/job/worker-1-0.log").read_text()
 
 
 def test_a_suspended_resource_is_replaced(cluster):
