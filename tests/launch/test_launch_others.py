@@ -1,5 +1,6 @@
 """gpu_local.sh for real with a small program; slurm.sh, gke.sh and sweep.sh against stand-ins."""
 
+import pathlib
 import re
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 import pytest
 import yaml
 
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 COMMAND = ("--", "distill", "--config", "my config.py", "--workdir", "w")
 GKE = ("--name", "job", "--image", "i:1", "--accelerator", "tpu-v5-lite-podslice", "--topology", "4x4")
 
@@ -124,6 +126,11 @@ def test_gke_mounts_the_bucket_that_the_command_names(cluster):
     assert pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
     mounts = pod["spec"]["containers"][0]["volumeMounts"]
     assert mounts == [{"name": "bucket", "mountPath": "/mnt/buckets/my-bucket"}]
+    options = pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"].split(",")
+    # Who the image's user is may write there, and what one pod wrote another one sees at once.
+    assert "useradd --create-home --uid 1000 " in (REPOSITORY / "Dockerfile").read_text()
+    assert {"uid=1000", "gid=1000", "file-mode=664", "dir-mode=775"} <= set(options)
+    assert {"metadata-cache:ttl-secs:0", "metadata-cache:negative-ttl-secs:0"} <= set(options)
     two = cluster.run("gke.sh", *GKE, *words, "--set", "gs://other-bucket/x")
     assert two.returncode == 2 and "use one" in two.stderr
 
