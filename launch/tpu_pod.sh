@@ -107,6 +107,8 @@ choose_commit() {
   fi
   LOCK=$(git -C "$ROOT" show "$COMMIT:requirements.lock" | sha256sum | cut -c1-16)
   JAX=$(git -C "$ROOT" show "$COMMIT:requirements.lock" | sed -n 's/^jax==//p')
+  # The workers have Python 3.11.
+  LIBTPU=$(git -C "$ROOT" show "$COMMIT:requirements-aot.lock" | sed -n '/python_version >= /d; s/^libtpu==\([^ ;]*\).*/\1/p')
 }
 
 queued() { run gcloud compute tpus queued-resources "$1" "$NAME" "${WHERE[@]}" "${@:2}"; }
@@ -215,6 +217,7 @@ demand() { # STEP SENTENCE: every worker must have succeeded
 PROBE='cd ~/hypenet-'"%s"' 2>/dev/null || cd ~
 echo "python=$(.venv/bin/python -c "import platform; print(platform.python_version())" 2>/dev/null || echo none)"
 echo "jax=$(.venv/bin/python -c "import importlib.metadata as m; print(m.version(\\"jax\\"))" 2>/dev/null || echo none)"
+echo "libtpu=$(.venv/bin/python -c "import importlib.metadata as m; print(m.version(\\"libtpu\\"))" 2>/dev/null || echo none)"
 echo "lock=$(sha256sum code/requirements.lock 2>/dev/null | cut -c1-16)"
 echo "commit=$(cat installed 2>/dev/null || echo none)"
 echo "running=$(if [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; then echo yes; else echo no; fi)"'
@@ -293,9 +296,10 @@ prepare() {
   for ((worker = 0; worker < WORKERS; worker++)); do
     same python "$worker" "$(field python 0)"
     same jax "$worker" "$JAX"
+    same libtpu "$worker" "$LIBTPU"
     same lock "$worker" "$LOCK"
   done
-  say "$WORKERS worker(s) answer: Python $(field python 0), jax $JAX, lock $LOCK"
+  say "$WORKERS worker(s) answer: Python $(field python 0), jax $JAX, libtpu $LIBTPU, lock $LOCK"
 }
 
 # shellcheck disable=SC2059
@@ -371,13 +375,19 @@ follow() { # RESTART
   done
 }
 
-# done, preempted or failed. A worker that fails because another was taken away counts as preempted.
+# done, preempted or failed. A worker that fails because another was taken away counts as preempted, also where the
+# resource tells it only some time after the workers are gone: then it is asked again, for two minutes.
 outcome() {
-  local state
+  local look state
   [[ "${CODES[*]}" =~ ^0(\ 0)*$ ]] && echo 'done' && return
   [[ " ${CODES[*]} " == *" $EXIT_PREEMPTED "* ]] && echo preempted && return
-  state=$(resource_state)
-  if [[ $state == ACTIVE ]]; then echo failed; else echo preempted; fi
+  for ((look = 1; look <= 7; look++)); do
+    state=$(resource_state) # by itself, so that a call that goes on failing ends the launcher
+    [[ $state == ACTIVE ]] || { echo preempted && return; }
+    [[ " ${CODES[*]} " =~ \ (lost|$EXIT_LOST|$EXIT_ABORTED)\  ]] || break
+    ((look == 7)) || sleep "$POLL"
+  done
+  echo failed
 }
 
 explain_failure() {

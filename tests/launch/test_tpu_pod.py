@@ -44,10 +44,11 @@ def test_a_dead_worker_is_named_before_anything_is_installed(cluster):
     assert "install" not in steps(cluster, 0) and "start" not in steps(cluster, 0)
 
 
-def test_another_version_on_one_worker_is_named_before_the_start(cluster):
-    other = cluster.run("tpu_pod.sh", *RUN, jax={"1": "0.9.0"})
+@pytest.mark.parametrize(("package", "needed"), [("jax", "0.10.2"), ("libtpu", "0.0.42.1")])
+def test_another_version_on_one_worker_is_named_before_the_start(cluster, package, needed):
+    other = cluster.run("tpu_pod.sh", *RUN, **{package: {"1": "0.0.9"}})
     assert other.returncode == 1
-    assert "worker 1 has jax 0.9.0 where 0.10.2 is needed" in other.stderr
+    assert f"worker 1 has {package} 0.0.9 where {needed} is needed" in other.stderr
     assert "start" not in steps(cluster, 0)
 
 
@@ -109,6 +110,14 @@ def test_a_launcher_that_is_started_again_overwrites_no_log(cluster):
     both = {"worker-0-0.log": "run", "worker-0-1.log": "another run"}
     assert logs(cluster) == both | {"worker-1-0.log": "run", "worker-1-1.log": "another run"}
     assert "killed launcher" in (cluster.place / "launch-logs/job/worker-1-0.log").read_text()
+
+
+@pytest.mark.parametrize("late", [6, 7, 10])
+def test_a_preemption_that_shows_after_the_connections_ended_is_one(cluster, late):
+    """Two workers ask three times each while they follow; the state may tell only after that."""
+    done = cluster.run("tpu_pod.sh", *RUN, codes=[["late", "late"]] * 3 + [[0, 0]], late=late)
+    assert done.returncode == 0, done.stderr
+    assert cluster.verbs("create", "delete") == ["create", "delete", "create"]
 
 
 def test_a_suspended_resource_is_replaced(cluster):
