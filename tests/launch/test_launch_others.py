@@ -188,6 +188,39 @@ def test_gke_says_how_a_run_ended(cluster):
     assert failed.returncode == 1 and "ended as Failed" in failed.stderr
 
 
+WAITS = {
+    "jobset": "0//0",
+    "pods": "job-slice-0-2-x job-slice-0-3-y",
+    "describe": "Name: job\nEvents:\n  Warning  FailedScheduling  2m   default-scheduler  0/3 nodes are available",
+}
+
+
+def test_gke_says_why_pods_are_not_scheduled(cluster):
+    late = cluster.run("gke.sh", *GKE, "--timeout", "1", *COMMAND, kubectl=[WAITS])
+    assert late.returncode == 1, late.stderr
+    last = late.stderr.splitlines()[-1]
+    assert "'job' is not running on all hosts after 1 s (pod job-slice-0-2-x: Warning FailedScheduling 2m default-" in last
+    assert "0/3 nodes are available" in last and "--timeout" in last and "--down" in last
+    assert not any("delete" in call for call in cluster.calls)
+    described = next(call for call in cluster.calls if "describe" in call)
+    assert described == ["kubectl", "--namespace=default", "describe", "pod", "job-slice-0-2-x"]
+
+
+def test_gke_asks_the_jobset_itself_where_there_are_no_pods(cluster):
+    late = cluster.run("gke.sh", *GKE, "--timeout", "0", *COMMAND, kubectl=[WAITS | {"pods": ""}])
+    assert late.returncode == 1 and "(jobset job: " in late.stderr
+    assert ["kubectl", "--namespace=default", "describe", "jobset", "job"] in cluster.calls
+
+
+def test_gke_waits_as_long_as_it_likes_for_pods_that_run(cluster):
+    runs = [{}, *[{"jobset": "0//1"}] * 8, {"jobset": "0/Completed/1"}]
+    done = cluster.run("gke.sh", *GKE, "--timeout", "0", *COMMAND, kubectl=runs)
+    assert done.returncode == 0, done.stderr
+    again = [{}, *[{"jobset": "0//1"}] * 4, WAITS | {"jobset": "1//0"}]
+    late = cluster.run("gke.sh", *GKE, "--timeout", "1", *COMMAND, kubectl=again)
+    assert late.returncode == 1 and "after 1 s" in late.stderr  # counted from the restart on
+
+
 def test_a_sweep_runs_every_mesh_and_keeps_each_result(cluster):
     hypenet = program(cluster, "0 3 0")
     words = ("--name", "s", "--meshes", "mesh.fsdp=8 mesh.fsdp=4,mesh.seq=2 mesh.seq=8")
