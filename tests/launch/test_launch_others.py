@@ -140,6 +140,12 @@ def words_in_the_pod(text: str) -> str:
     return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found[1] is None else "EXPANDED", text)
 
 
+def container_of(cluster) -> dict:
+    """The container of the manifest that was applied."""
+    manifest = yaml.safe_load((cluster.place / "manifest").read_text())
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+
+
 ODD_WORDS = (
     "one\ntwo\tthree", "$(HOME)", "a $$ b $x $", "$$(HOME)", 'quo"te', "back\\slash\\n", "@BUCKET@",
     "@NAME@ @ARGUMENTS@", "# bucket: x", "@MOUNT@", "a&b", "", "é '[1, 2]' {x: y}", "*", "--set",
@@ -151,8 +157,7 @@ def test_gke_gives_every_word_to_the_program_as_it_is(cluster, workdir):
     words = ("distill", *ODD_WORDS, "--workdir", workdir)
     done = cluster.run("gke.sh", *GKE, "--", *words, kubectl=[{}, {"out": "0/Completed"}])
     assert done.returncode == 0, done.stderr
-    manifest = yaml.safe_load((cluster.place / "manifest").read_text())
-    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    manifest, container = yaml.safe_load((cluster.place / "manifest").read_text()), container_of(cluster)
     wanted = [*words[:-1], workdir.replace("gs://", "/mnt/buckets/")]
     assert [words_in_the_pod(word) for word in container["args"]] == wanted
     assert ("volumeMounts" in container) == workdir.startswith("gs://")
@@ -183,6 +188,33 @@ def test_a_bucket_behind_an_equals_sign_is_mounted_too(cluster, word):
     assert refused.returncode == 2 and "'gs://b' is no path in a bucket" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ('data.sources=["gs://bkt/a b", "stdlib", "gs://bkt/c"]',
+         'data.sources=["/mnt/buckets/bkt/a b", "stdlib", "/mnt/buckets/bkt/c"]'),
+        ("data.heldout=('gs://bkt/x',)", "data.heldout=('/mnt/buckets/bkt/x',)"),
+        ("--set=data.sources=['gs://bkt/x']", "--set=data.sources=['/mnt/buckets/bkt/x']"),
+        ("--set=teacher=gs://bkt/x", "--set=teacher=/mnt/buckets/bkt/x"),
+        ('s=["retrieval:9:haystack=gs://bkt/x"]', 's=["retrieval:9:haystack=/mnt/buckets/bkt/x"]'),
+        ('["gs://bkt/x"]', '["gs://bkt/x"]'),  # no option's value: a prompt, say
+        ("what is gs://bkt/x", "what is gs://bkt/x"),
+    ],
+)  # fmt: skip
+def test_buckets_in_a_list_are_mounted_too(cluster, word, wanted):
+    done = cluster.run("gke.sh", *GKE, "--", "distill", "--set", word, kubectl=[{}, {"out": "0/Completed"}])
+    assert done.returncode == 0, done.stderr
+    container = container_of(cluster)
+    assert words_in_the_pod(container["args"][2]) == wanted
+    assert ("volumeMounts" in container) == (word != wanted)
+
+
+@pytest.mark.parametrize("word", ['data.sources=["gs://b"]', "data.sources=['stdlib', 'gs://bkt']"])
+def test_half_a_bucket_in_a_list_is_a_mistake(cluster, word):
+    refused = cluster.run("gke.sh", *GKE, "--", "distill", "--set", word)
+    assert refused.returncode == 2 and "is no path in a bucket" in refused.stderr and cluster.calls == []
+
+
 def test_gke_says_how_a_run_ended(cluster):
     failed = cluster.run("gke.sh", *GKE, *COMMAND, kubectl=[{}, {"out": "0/Failed"}])
     assert failed.returncode == 1 and "ended as Failed" in failed.stderr
@@ -199,7 +231,8 @@ def test_gke_says_why_pods_are_not_scheduled(cluster):
     late = cluster.run("gke.sh", *GKE, "--timeout", "1", *COMMAND, kubectl=[WAITS])
     assert late.returncode == 1, late.stderr
     last = late.stderr.splitlines()[-1]
-    assert "'job' is not running on all hosts after 1 s (pod job-slice-0-2-x: Warning FailedScheduling 2m default-" in last
+    assert "'job' is not running on all hosts after 1 s" in last
+    assert "(pod job-slice-0-2-x: Warning FailedScheduling 2m default-scheduler " in last
     assert "0/3 nodes are available" in last and "--timeout" in last and "--down" in last
     assert not any("delete" in call for call in cluster.calls)
     described = next(call for call in cluster.calls if "describe" in call)

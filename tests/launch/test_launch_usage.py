@@ -175,7 +175,7 @@ def test_what_is_no_command_of_hypenet(cluster, script, command, words):
     assert len(refused.stderr.splitlines()) == 1 and cluster.calls == []
 
 
-@pytest.mark.parametrize("word", ["gs://bucket/w", "--workdir=gs://bucket/w"])
+@pytest.mark.parametrize("word", ["gs://bucket/w", "--workdir=gs://bucket/w", "data.sources=['gs://bucket/w']"])
 def test_slurm_mounts_no_bucket(cluster, word):
     refused = cluster.run("slurm.sh", *ARGUMENTS["slurm.sh"], "--", "distill", word)
     assert refused.returncode == 2 and f"'{word}' is in a bucket" in refused.stderr and cluster.calls == []
