@@ -18,6 +18,7 @@ COPY kernels_pallas kernels_pallas
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM python:3.11-slim
+# launch/gke.yaml gives the bucket to this user.
 RUN useradd --create-home --uid 1000 hypenet
 COPY --from=build /opt/venv /opt/venv
 COPY configs /home/hypenet/configs

@@ -54,19 +54,33 @@ check_command() { # the hypenet command after --
 }
 
 # Files are appended to and renamed, which buckets do not know: each gs://BUCKET/... among the words of COMMAND, also as
-# the value of OPTION=gs://..., becomes a path under BUCKET_ROOT, where the launcher mounts the BUCKETS with gcsfuse.
+# the value of OPTION=gs://... and between the quotes of OPTION=["gs://...", ...], becomes a path under BUCKET_ROOT, where
+# the launcher mounts the BUCKETS with gcsfuse.
 BUCKET_ROOT=/mnt/buckets BUCKETS=()
 export BUCKET_ROOT
+
+names_bucket() { # WORD
+  [[ $1 =~ ^([A-Za-z0-9_.-]+=)*gs:// ]] || names_buckets_in_list "$1"
+}
+
+names_buckets_in_list() { [[ $1 =~ ^([A-Za-z0-9_.-]+=)+[\(\[].*gs:// ]]; }
+
 mount_buckets_of_command() {
-  local index bucket option word
+  local index rest head path bucket
   for index in "${!COMMAND[@]}"; do
-    [[ ${COMMAND[index]} =~ ^([A-Za-z0-9_.-]+=)?(gs://.*)$ ]] || continue
-    option=${BASH_REMATCH[1]} word=${BASH_REMATCH[2]}
-    [[ $word =~ ^gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/(.+)$ ]] ||
-      usage_error "'$word' is no path in a bucket; give gs://BUCKET/FOLDER"
-    bucket=${BASH_REMATCH[1]}
-    COMMAND[index]=$option$BUCKET_ROOT/$bucket/${BASH_REMATCH[2]}
-    [[ " ${BUCKETS[*]} " == *" $bucket "* ]] || BUCKETS+=("$bucket")
+    rest=${COMMAND[index]} head=''
+    names_bucket "$rest" || continue
+    while [[ $rest == *gs://* ]]; do
+      path=gs://${rest#*gs://}
+      ! names_buckets_in_list "${COMMAND[index]}" || path=${path%%[\"\']*}
+      [[ $path =~ ^gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/(.+)$ ]] ||
+        usage_error "'$path' is no path in a bucket; give gs://BUCKET/FOLDER"
+      bucket=${BASH_REMATCH[1]}
+      head+=${rest%%gs://*}$BUCKET_ROOT/$bucket/${BASH_REMATCH[2]}
+      rest=${rest#*"$path"}
+      [[ " ${BUCKETS[*]} " == *" $bucket "* ]] || BUCKETS+=("$bucket")
+    done
+    COMMAND[index]=$head$rest
   done
 }
 

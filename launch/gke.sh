@@ -21,6 +21,7 @@ mounted in every pod by the cluster's Cloud Storage FUSE driver.
   --service-account NAME   Kubernetes service account that may write to the bucket (default default)
   --namespace NAME         (default default)
   --restarts N             (default 20)
+  --timeout SECONDS        how long to wait for pods that do not run, at the start and after a restart (default 7200)
   --down                   delete the JobSet
   --dry-run                print the manifest and every command, run none
 
@@ -32,13 +33,13 @@ example:
 HELP
 }
 
-NAME='' IMAGE='' ACCELERATOR='' TOPOLOGY='' CHIPS=4 SERVICE_ACCOUNT=default NAMESPACE=default RESTARTS=20 DOWN=0
-DRY_RUN=0 COMMAND=()
+NAME='' IMAGE='' ACCELERATOR='' TOPOLOGY='' CHIPS=4 SERVICE_ACCOUNT=default NAMESPACE=default RESTARTS=20
+TIMEOUT=7200 DOWN=0 DRY_RUN=0 COMMAND=()
 # RESTARTS is read by name, where the template is filled in.
 export RESTARTS
 while (($# > 0)); do
   case $1 in
-    --name | --image | --accelerator | --topology | --chips-per-host | --service-account | --namespace | --restarts)
+    --name | --image | --accelerator | --topology | --chips-per-host | --service-account | --namespace | --restarts | --timeout)
       need_value "$1" $#
       case $1 in
         --name) NAME=$2 ;;
@@ -49,6 +50,7 @@ while (($# > 0)); do
         --service-account) SERVICE_ACCOUNT=$2 ;;
         --namespace) NAMESPACE=$2 ;;
         --restarts) check_number "$1" "$2" && RESTARTS=$2 ;;
+        --timeout) check_number "$1" "$2" && TIMEOUT=$2 ;;
       esac
       shift 2
       ;;
@@ -62,7 +64,9 @@ done
 check_name "$NAME"
 [[ $NAMESPACE =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] || usage_error "the namespace is '$NAMESPACE'; give a Kubernetes name, such as default"
 KUBECTL=(kubectl "--namespace=$NAMESPACE")
-STATUS='--output=jsonpath={.status.restarts}/{.status.terminalState}'
+PODS=--selector=jobset.sigs.k8s.io/jobset-name=$NAME
+# Of the one job, `ready` is 1 where all its pods run or have ended well.
+STATUS='--output=jsonpath={.status.restarts}/{.status.terminalState}/{.status.replicatedJobsStatus[*].ready}'
 need_program kubectl "install it and connect it to the cluster"
 if ((DOWN)); then
   run "${KUBECTL[@]}" delete jobset "$NAME" --ignore-not-found
@@ -115,7 +119,7 @@ render() {
 if [[ $DRY_RUN == 1 ]]; then
   render | here_document "$(quoted "${KUBECTL[@]}" apply --filename=-)"
   run "${KUBECTL[@]}" get jobset "$NAME" "$STATUS"
-  run "${KUBECTL[@]}" logs --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=-1
+  run "${KUBECTL[@]}" logs "$PODS" --prefix --tail=-1
   exit 0
 fi
 render | "${KUBECTL[@]}" apply --filename=- || fail "kubectl could not apply '$NAME'; its words are above, remove what there is with --down"
@@ -125,25 +129,38 @@ mkdir -p "$LOGS"
 
 # What the pods have said so far. Pods that are started again begin anew, so every restart has a file of its own.
 gather() { # RESTARTS
-  if "${KUBECTL[@]}" logs --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=-1 --max-log-requests=1000 \
+  if "${KUBECTL[@]}" logs "$PODS" --prefix --tail=-1 --max-log-requests=1000 \
     >"$LOGS/pods.tmp" 2>"$LOGS/kubectl.err" && [[ -s $LOGS/pods.tmp ]]; then
     mv "$LOGS/pods.tmp" "$LOGS/pods-${1:-0}.log"
   fi
 }
 
-errors=0 restarts=0
+# The pods have not all come to run: the last warning among the events of one, or of the JobSet where there is none.
+not_running() {
+  local pods what=(jobset "$NAME") event
+  pods=$("${KUBECTL[@]}" get pods "$PODS" --field-selector=status.phase=Pending '--output=jsonpath={.items[*].metadata.name}') || pods=''
+  [[ -z $pods ]] || what=(pod "${pods%% *}")
+  event=$("${KUBECTL[@]}" describe "${what[@]}" | sed -n '/^Events:/,$p' | grep ' Warning ' | tail -n 1 | tr -s '[:space:]' ' ') || true
+  event=${event# }
+  fail "'$NAME' is not running on all hosts after $TIMEOUT s (${what[*]}: ${event:-no warning among its events}); wait longer (--timeout) or give the cluster what it lacks; the JobSet stays, remove it with --down"
+}
+
+errors=0 restarts=0 ready=0 since=$SECONDS
 while true; do
   if status=$("${KUBECTL[@]}" get jobset "$NAME" "$STATUS"); then
-    errors=0 state=${status#*/}
-    if [[ ${status%%/*} =~ ^[0-9]+$ && ${status%%/*} != "$restarts" ]]; then
-      restarts=${status%%/*} && say "'$NAME' was started again ($restarts of $RESTARTS)"
+    errors=0
+    IFS=/ read -r count state ready <<<"$status"
+    if [[ $count =~ ^[0-9]+$ && $count != "$restarts" ]]; then
+      restarts=$count && say "'$NAME' was started again ($restarts of $RESTARTS)"
     fi
+    [[ ${ready:=0} == 0 ]] || since=$SECONDS
   else
     state='' errors=$((errors + 1))
     ((errors < 5)) || fail "kubectl no longer finds '$NAME'; see 'kubectl get jobset'"
   fi
   gather "$restarts"
   [[ -z $state ]] || break
+  [[ $ready != 0 ]] || ((SECONDS - since < TIMEOUT)) || not_running
   sleep "${HYPENET_POLL_SECONDS:-20}"
 done
 [[ -s $LOGS/pods-$restarts.log ]] || say "the logs of '$NAME' could not be read ($(tail -n 1 "$LOGS/kubectl.err"))"

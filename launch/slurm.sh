@@ -70,7 +70,7 @@ check_command "${COMMAND[@]}"
 [[ $LOGS != *[\"\\%[:cntrl:]]* ]] || usage_error "--logs is $(printf %q "$LOGS"); give a path without quotes, backslashes, % and line breaks"
 [[ -n $ENVIRONMENT ]] || usage_error "--env is empty; give the directory of the virtual environment"
 for word in "${COMMAND[@]}"; do
-  [[ ! $word =~ ^([A-Za-z0-9_.-]+=)?gs:// ]] || usage_error "'$word' is in a bucket, which is not mounted here; give a path that all hosts see"
+  ! names_bucket "$word" || usage_error "'$word' is in a bucket, which is not mounted here; give a path that all hosts see"
 done
 need_program sbatch "log in to a host of the cluster"
 LOGS=${LOGS:-$PWD/launch-logs/$NAME}

@@ -107,6 +107,8 @@ choose_commit() {
   fi
   LOCK=$(git -C "$ROOT" show "$COMMIT:requirements.lock" | sha256sum | cut -c1-16)
   JAX=$(git -C "$ROOT" show "$COMMIT:requirements.lock" | sed -n 's/^jax==//p')
+  # The workers have Python 3.11.
+  LIBTPU=$(git -C "$ROOT" show "$COMMIT:requirements-aot.lock" | sed -n '/python_version >= /d; s/^libtpu==\([^ ;]*\).*/\1/p')
 }
 
 queued() { run gcloud compute tpus queued-resources "$1" "$NAME" "${WHERE[@]}" "${@:2}"; }
@@ -215,6 +217,7 @@ demand() { # STEP SENTENCE: every worker must have succeeded
 PROBE='cd ~/hypenet-'"%s"' 2>/dev/null || cd ~
 echo "python=$(.venv/bin/python -c "import platform; print(platform.python_version())" 2>/dev/null || echo none)"
 echo "jax=$(.venv/bin/python -c "import importlib.metadata as m; print(m.version(\\"jax\\"))" 2>/dev/null || echo none)"
+echo "libtpu=$(.venv/bin/python -c "import importlib.metadata as m; print(m.version(\\"libtpu\\"))" 2>/dev/null || echo none)"
 echo "lock=$(sha256sum code/requirements.lock 2>/dev/null | cut -c1-16)"
 echo "commit=$(cat installed 2>/dev/null || echo none)"
 echo "running=$(if [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; then echo yes; else echo no; fi)"'
@@ -293,9 +296,10 @@ prepare() {
   for ((worker = 0; worker < WORKERS; worker++)); do
     same python "$worker" "$(field python 0)"
     same jax "$worker" "$JAX"
+    same libtpu "$worker" "$LIBTPU"
     same lock "$worker" "$LOCK"
   done
-  say "$WORKERS worker(s) answer: Python $(field python 0), jax $JAX, lock $LOCK"
+  say "$WORKERS worker(s) answer: Python $(field python 0), jax $JAX, libtpu $LIBTPU, lock $LOCK"
 }
 
 # shellcheck disable=SC2059
@@ -325,16 +329,38 @@ start() {
   demand start "cannot start the command"
 }
 
+same_beginning() { # FILE FILE: one of them goes on where the other ends
+  local one two
+  one=$(wc -c <"$1") two=$(wc -c <"$2")
+  cmp -s -n "$((one < two ? one : two))" "$1" "$2"
+}
+
+# What came of a worker's log becomes worker-N-R.log, R the restart. A connection that ends early takes nothing from what
+# an earlier one brought, and a log that is not the same run's (of a launcher before this one) is left: R is raised then.
+keep() { # WORKER RESTART
+  local part=$LOGS/worker-$1.part number=$2 log
+  [[ -s $part ]] || { rm -f "$part" && return; }
+  while log=$LOGS/worker-$1-$number.log && [[ -e $log ]] && ! same_beginning "$part" "$log"; do
+    number=$((number + 1))
+  done
+  if [[ -e $log ]] && (($(wc -c <"$part") < $(wc -c <"$log"))); then rm "$part"; else mv "$part" "$log"; fi
+  echo "$log" >"$SCRATCH/log.$1"
+}
+
 # Wait for the end on every worker; CODES[n] is its exit code, or "lost" where three connections ended without one.
 # shellcheck disable=SC2059
-follow() {
-  local worker attempt pids=()
+follow() { # RESTART
+  local worker attempt part pids=()
   mkdir -p "$LOGS"
   for ((worker = 0; worker < WORKERS; worker++)); do
+    part=$LOGS/worker-$worker.part
+    keep "$worker" 0 # a launcher that was killed has left it
     (
       for attempt in 1 2 3; do
-        ssh_to "$worker" ": follow; $(printf "$FOLLOW" "$NAME")" >"$LOGS/worker-$worker.log" 2>"$SCRATCH/follow.$worker" || true
-        grep -q '^hypenet-exit-code=[0-9]' "$LOGS/worker-$worker.log" && break
+        ssh_to "$worker" ": follow; $(printf "$FOLLOW" "$NAME")" >"$part" 2>"$SCRATCH/follow.$worker" || true
+        sed -n 's/^hypenet-exit-code=\([0-9]\)/\1/p' "$part" | tail -n 1 >"$SCRATCH/code.$worker"
+        keep "$worker" "$1"
+        [[ ! -s $SCRATCH/code.$worker ]] || break
         [[ $(resource_state) == ACTIVE ]] || break
         ((attempt == 3)) || sleep "$POLL"
       done
@@ -344,18 +370,24 @@ follow() {
   wait "${pids[@]}" || true
   CODES=()
   for ((worker = 0; worker < WORKERS; worker++)); do
-    CODES+=("$(sed -n 's/^hypenet-exit-code=\([0-9]\)/\1/p' "$LOGS/worker-$worker.log" | tail -n 1)")
+    CODES+=("$(cat "$SCRATCH/code.$worker")")
     CODES[worker]=${CODES[worker]:-lost}
   done
 }
 
-# done, preempted or failed. A worker that fails because another was taken away counts as preempted.
+# done, preempted or failed. A worker that fails because another was taken away counts as preempted, also where the
+# resource tells it only some time after the workers are gone: then it is asked again, for two minutes.
 outcome() {
-  local state
+  local look state
   [[ "${CODES[*]}" =~ ^0(\ 0)*$ ]] && echo 'done' && return
   [[ " ${CODES[*]} " == *" $EXIT_PREEMPTED "* ]] && echo preempted && return
-  state=$(resource_state)
-  if [[ $state == ACTIVE ]]; then echo failed; else echo preempted; fi
+  for ((look = 1; look <= 7; look++)); do
+    state=$(resource_state) # by itself, so that a call that goes on failing ends the launcher
+    [[ $state == ACTIVE ]] || { echo preempted && return; }
+    [[ " ${CODES[*]} " =~ \ (lost|$EXIT_LOST|$EXIT_ABORTED)\  ]] || break
+    ((look == 7)) || sleep "$POLL"
+  done
+  echo failed
 }
 
 explain_failure() {
@@ -369,7 +401,7 @@ explain_failure() {
       0) ;;
       "$EXIT_LOST" | "$EXIT_ABORTED") [[ -n $cause ]] || lost_another "$worker" ;;
       lost) fail "worker $worker was lost while it ran; the same command continues, logs are in $LOGS" ;;
-      *) fail "worker $worker ended with exit code ${CODES[worker]} (last words: $(grep -v '^hypenet-exit-code=' "$LOGS/worker-$worker.log" | tail -n 1)); logs are in $LOGS, the resource stays, remove it with --down" ;;
+      *) fail "worker $worker ended with exit code ${CODES[worker]} (last words: $(grep -v '^hypenet-exit-code=' "$(cat "$SCRATCH/log.$worker")" | tail -n 1)); logs are in $LOGS, the resource stays, remove it with --down" ;;
     esac
   done
 }
@@ -421,7 +453,7 @@ main() {
     mount_buckets
     start
     say "running on $WORKERS worker(s); logs come to $LOGS"
-    follow
+    follow "$restarts"
     result=$(outcome)
     case $result in
       'done') break ;;

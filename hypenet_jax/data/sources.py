@@ -47,13 +47,19 @@ def read_documents(spec: str | os.PathLike[str]) -> Iterator[Document]:
     by row group), a folder of such files (searched to the bottom, hidden entries left out, sorted by path), "stdlib",
     or "retrieval:<count>[:key=value...]" with the keys seed, max_chars, styles (joined by "+") and haystack (a source
     whose prose surrounds the needles). A file called like a built-in source is written "./stdlib".
-    Raises HypenetError for a missing, empty, binary or malformed source, naming file and line or row.
+    Raises HypenetError for a missing, empty, binary or malformed source, naming file and line or row, and for a path in
+    a bucket.
     """
     source = os.fspath(spec)
     if source == "stdlib":
         texts: Iterator[str | Conversation] = stdlib_documents()
     elif is_synthetic(source):
         texts = _retrieval(source, source.partition(":")[2])
+    elif "://" in source:
+        raise HypenetError(
+            f"source {source!r} is in no file system; mount its bucket (launch/tpu_pod.sh and launch/gke.sh do, at "
+            "/mnt/buckets/BUCKET) and give the path there"
+        )
     else:
         texts = _files_texts(source)
     found = False

@@ -82,6 +82,11 @@ def check(path: str | os.PathLike[str]) -> tuple[ModelConfig, Any]:
 
 def existing(path: str | os.PathLike[str]) -> Path:
     """The path of a model to load; raises HypenetError where nothing is."""
+    if "://" in os.fspath(path):
+        raise HypenetError(
+            f"the model {os.fspath(path)} is in no file system; mount its bucket (launch/tpu_pod.sh and launch/gke.sh "
+            "do, at /mnt/buckets/BUCKET) and give the path there"
+        )
     source = Path(path).expanduser()
     if not source.exists():
         raise HypenetError(f"there is no model at {source}; give a local directory or a GGUF file")

@@ -72,6 +72,15 @@ def test_broken_files(tmp_path, name, contents, message):
         texts(tmp_path / name)
 
 
+@pytest.mark.parametrize("spec", ["gs://bkt/text", "gs://bkt/a.jsonl", "retrieval:3:haystack=gs://bkt/text"])
+def test_a_bucket_is_named_as_it_was_given(spec):
+    path = spec.partition("=")[2] or spec
+    with pytest.raises(HypenetError) as caught:
+        texts(spec)
+    assert f"source '{path}' is in no file system; mount its bucket" in str(caught.value)
+    assert "launch/tpu_pod.sh" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_broken_parquet_columns(tmp_path):
     with pytest.raises(HypenetError, match=r"columns \['body'\]; one must be 'text'"):
         texts(parquet(tmp_path / "a.parquet", {"body": ["x"]}))

@@ -171,6 +171,8 @@ def test_unknown_dtypes(tmp_path):
 def test_nothing_to_load(tmp_path):
     with pytest.raises(HypenetError, match="no model at .*Qwen"):
         hub.load(tmp_path / "Qwen/Qwen3-1.7B")
+    with pytest.raises(HypenetError, match="the model gs://bkt/qwen3 is in no file system; mount its bucket"):
+        hub.load("gs://bkt/qwen3")
     with pytest.raises(HypenetError, match=r"no config\.json"):
         hub.load(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")

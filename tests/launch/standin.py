@@ -64,6 +64,10 @@ def gcloud(arguments: list[str], state: dict) -> int:
     if kind == "queued-resources":
         return queued(verb, state)
     if verb == "describe":
+        if "late" in state and "--format=value(state)" in arguments:
+            state["late"] -= 1
+            if state["late"] < 0:
+                state["node"] = "PREEMPTED"
         workers = SCENARIO.get("workers", 2)
         print(workers if "--format=value(networkEndpoints.len())" in arguments else state.get("node", "READY"))
         return 0
@@ -77,6 +81,7 @@ def gcloud(arguments: list[str], state: dict) -> int:
 def queued(verb: str, state: dict) -> int:
     if verb == "create":
         state.update(resource="made", node="READY", installed=[])
+        state.pop("late", None)
         return 0
     if verb == "delete":
         state["resource"] = None
@@ -101,10 +106,18 @@ def ssh(worker: int, command: str, state: dict) -> int:
         state["installed"].append(worker)
         state["commit"] = re.search(r"echo (\w+) > installed", command)[1]
     if step == "follow":
-        code = nth(SCENARIO.get("codes", [[0, 0]]), turn(state, f"follow{worker}"))[worker]
-        print(f"words of worker {worker}")
+        index = turn(state, f"follow{worker}")
+        code = nth(SCENARIO.get("codes", [[0, 0]]), index)[worker]
+        # A connection that ends: "silent" before a word came, "lost" after some, "preempted" with the whole slice, and
+        # "late" with it too, of which the state tells only after scenario["late"] questions.
+        if code == "silent":
+            return 255
+        print(nth(SCENARIO.get("words", ["words of worker {}"]), index).format(worker))
         if code == "preempted":
             state["node"] = "PREEMPTED"
+        if code == "late":
+            state.setdefault("late", SCENARIO["late"])
+        if code in ("lost", "preempted", "late"):
             return 255
         print(f"hypenet-exit-code={code}")
     return 0
@@ -114,8 +127,11 @@ def probe(worker: int, state: dict) -> None:
     ready = worker in state["installed"]
     lock = pathlib.Path(os.environ["CHECKOUT"], "requirements.lock")
     jax = SCENARIO.get("jax", {}).get(str(worker), "0.10.2")
+    pinned = re.search(r"^libtpu==([^ ;\n]+)", lock.with_name("requirements-aot.lock").read_text(), re.MULTILINE)
+    libtpu = SCENARIO.get("libtpu", {}).get(str(worker), pinned[1])
     print("python=3.11.9" if ready else "python=none")
     print(f"jax={jax if ready else 'none'}")
+    print(f"libtpu={libtpu if ready else 'none'}")
     print(f"lock={hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if ready else ''}")
     print(f"commit={state['commit'] if ready else 'none'}")
     print("running=no")

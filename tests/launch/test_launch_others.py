@@ -1,5 +1,6 @@
 """gpu_local.sh for real with a small program; slurm.sh, gke.sh and sweep.sh against stand-ins."""
 
+import pathlib
 import re
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 import pytest
 import yaml
 
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 COMMAND = ("--", "distill", "--config", "my config.py", "--workdir", "w")
 GKE = ("--name", "job", "--image", "i:1", "--accelerator", "tpu-v5-lite-podslice", "--topology", "4x4")
 
@@ -124,6 +126,11 @@ def test_gke_mounts_the_bucket_that_the_command_names(cluster):
     assert pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
     mounts = pod["spec"]["containers"][0]["volumeMounts"]
     assert mounts == [{"name": "bucket", "mountPath": "/mnt/buckets/my-bucket"}]
+    options = pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"].split(",")
+    # Who the image's user is may write there, and what one pod wrote another one sees at once.
+    assert "useradd --create-home --uid 1000 " in (REPOSITORY / "Dockerfile").read_text()
+    assert {"uid=1000", "gid=1000", "file-mode=664", "dir-mode=775"} <= set(options)
+    assert {"metadata-cache:ttl-secs:0", "metadata-cache:negative-ttl-secs:0"} <= set(options)
     two = cluster.run("gke.sh", *GKE, *words, "--set", "gs://other-bucket/x")
     assert two.returncode == 2 and "use one" in two.stderr
 
@@ -131,6 +138,12 @@ def test_gke_mounts_the_bucket_that_the_command_names(cluster):
 def words_in_the_pod(text: str) -> str:
     """A word of `args` as Kubernetes gives it to the program: $$ is a dollar, $(NAME) a variable where there is one."""
     return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found[1] is None else "EXPANDED", text)
+
+
+def container_of(cluster) -> dict:
+    """The container of the manifest that was applied."""
+    manifest = yaml.safe_load((cluster.place / "manifest").read_text())
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
 
 
 ODD_WORDS = (
@@ -144,8 +157,7 @@ def test_gke_gives_every_word_to_the_program_as_it_is(cluster, workdir):
     words = ("distill", *ODD_WORDS, "--workdir", workdir)
     done = cluster.run("gke.sh", *GKE, "--", *words, kubectl=[{}, {"out": "0/Completed"}])
     assert done.returncode == 0, done.stderr
-    manifest = yaml.safe_load((cluster.place / "manifest").read_text())
-    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    manifest, container = yaml.safe_load((cluster.place / "manifest").read_text()), container_of(cluster)
     wanted = [*words[:-1], workdir.replace("gs://", "/mnt/buckets/")]
     assert [words_in_the_pod(word) for word in container["args"]] == wanted
     assert ("volumeMounts" in container) == workdir.startswith("gs://")
@@ -176,9 +188,70 @@ def test_a_bucket_behind_an_equals_sign_is_mounted_too(cluster, word):
     assert refused.returncode == 2 and "'gs://b' is no path in a bucket" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ('data.sources=["gs://bkt/a b", "stdlib", "gs://bkt/c"]',
+         'data.sources=["/mnt/buckets/bkt/a b", "stdlib", "/mnt/buckets/bkt/c"]'),
+        ("data.heldout=('gs://bkt/x',)", "data.heldout=('/mnt/buckets/bkt/x',)"),
+        ("--set=data.sources=['gs://bkt/x']", "--set=data.sources=['/mnt/buckets/bkt/x']"),
+        ("--set=teacher=gs://bkt/x", "--set=teacher=/mnt/buckets/bkt/x"),
+        ('s=["retrieval:9:haystack=gs://bkt/x"]', 's=["retrieval:9:haystack=/mnt/buckets/bkt/x"]'),
+        ('["gs://bkt/x"]', '["gs://bkt/x"]'),  # no option's value: a prompt, say
+        ("what is gs://bkt/x", "what is gs://bkt/x"),
+    ],
+)  # fmt: skip
+def test_buckets_in_a_list_are_mounted_too(cluster, word, wanted):
+    done = cluster.run("gke.sh", *GKE, "--", "distill", "--set", word, kubectl=[{}, {"out": "0/Completed"}])
+    assert done.returncode == 0, done.stderr
+    container = container_of(cluster)
+    assert words_in_the_pod(container["args"][2]) == wanted
+    assert ("volumeMounts" in container) == (word != wanted)
+
+
+@pytest.mark.parametrize("word", ['data.sources=["gs://b"]', "data.sources=['stdlib', 'gs://bkt']"])
+def test_half_a_bucket_in_a_list_is_a_mistake(cluster, word):
+    refused = cluster.run("gke.sh", *GKE, "--", "distill", "--set", word)
+    assert refused.returncode == 2 and "is no path in a bucket" in refused.stderr and cluster.calls == []
+
+
 def test_gke_says_how_a_run_ended(cluster):
     failed = cluster.run("gke.sh", *GKE, *COMMAND, kubectl=[{}, {"out": "0/Failed"}])
     assert failed.returncode == 1 and "ended as Failed" in failed.stderr
+
+
+WAITS = {
+    "jobset": "0//0",
+    "pods": "job-slice-0-2-x job-slice-0-3-y",
+    "describe": "Name: job\nEvents:\n  Warning  FailedScheduling  2m   default-scheduler  0/3 nodes are available",
+}
+
+
+def test_gke_says_why_pods_are_not_scheduled(cluster):
+    late = cluster.run("gke.sh", *GKE, "--timeout", "1", *COMMAND, kubectl=[WAITS])
+    assert late.returncode == 1, late.stderr
+    last = late.stderr.splitlines()[-1]
+    assert "'job' is not running on all hosts after 1 s" in last
+    assert "(pod job-slice-0-2-x: Warning FailedScheduling 2m default-scheduler " in last
+    assert "0/3 nodes are available" in last and "--timeout" in last and "--down" in last
+    assert not any("delete" in call for call in cluster.calls)
+    described = next(call for call in cluster.calls if "describe" in call)
+    assert described == ["kubectl", "--namespace=default", "describe", "pod", "job-slice-0-2-x"]
+
+
+def test_gke_asks_the_jobset_itself_where_there_are_no_pods(cluster):
+    late = cluster.run("gke.sh", *GKE, "--timeout", "0", *COMMAND, kubectl=[WAITS | {"pods": ""}])
+    assert late.returncode == 1 and "(jobset job: " in late.stderr
+    assert ["kubectl", "--namespace=default", "describe", "jobset", "job"] in cluster.calls
+
+
+def test_gke_waits_as_long_as_it_likes_for_pods_that_run(cluster):
+    runs = [{}, *[{"jobset": "0//1"}] * 8, {"jobset": "0/Completed/1"}]
+    done = cluster.run("gke.sh", *GKE, "--timeout", "0", *COMMAND, kubectl=runs)
+    assert done.returncode == 0, done.stderr
+    again = [{}, *[{"jobset": "0//1"}] * 4, WAITS | {"jobset": "1//0"}]
+    late = cluster.run("gke.sh", *GKE, "--timeout", "1", *COMMAND, kubectl=again)
+    assert late.returncode == 1 and "after 1 s" in late.stderr  # counted from the restart on
 
 
 def test_a_sweep_runs_every_mesh_and_keeps_each_result(cluster):
@@ -201,4 +274,4 @@ def test_a_sweep_over_a_slice_makes_one_resource(cluster):
     assert cluster.verbs("create", "delete") == ["create"]
     logs = cluster.place / "launch-logs/s"
     assert {path.name for path in logs.iterdir()} == {"results.tsv", "s-1", "s-1.log", "s-2", "s-2.log"}
-    assert (logs / "s-2/worker-0.log").is_file() and "remove it with --down" in (logs / "s-2.log").read_text()
+    assert (logs / "s-2/worker-0-0.log").is_file() and "remove it with --down" in (logs / "s-2.log").read_text()

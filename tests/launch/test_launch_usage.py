@@ -74,6 +74,7 @@ def test_a_dry_run_pasted_into_a_shell_does_what_the_launcher_does(cluster, scri
         ("tpu_pod.sh", ("--timeout", "08"), "--timeout is '08'"),
         ("tpu_pod.sh", ("--restarts", "-1"), "--restarts is '-1'"),
         ("gke.sh", ("--chips-per-host", "0"), "at least 1"),
+        ("gke.sh", ("--timeout", "2h"), "--timeout is '2h'"),
         ("gke.sh", ("--topology", "08x4"), "the topology is '08x4'"),
         ("slurm.sh", ("--nodes", "0"), "at least 1"),
         ("slurm.sh", ("--partition", "a b"), "the partition 'a b'"),
@@ -174,7 +175,7 @@ def test_what_is_no_command_of_hypenet(cluster, script, command, words):
     assert len(refused.stderr.splitlines()) == 1 and cluster.calls == []
 
 
-@pytest.mark.parametrize("word", ["gs://bucket/w", "--workdir=gs://bucket/w"])
+@pytest.mark.parametrize("word", ["gs://bucket/w", "--workdir=gs://bucket/w", "data.sources=['gs://bucket/w']"])
 def test_slurm_mounts_no_bucket(cluster, word):
     refused = cluster.run("slurm.sh", *ARGUMENTS["slurm.sh"], "--", "distill", word)
     assert refused.returncode == 2 and f"'{word}' is in a bucket" in refused.stderr and cluster.calls == []

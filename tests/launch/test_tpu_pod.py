@@ -12,11 +12,16 @@ def steps(cluster, worker: int) -> list[str]:
     return [next(a for a in call if a.startswith("--command=")).split()[1].rstrip(";") for call in mine]
 
 
+def logs(cluster) -> dict[str, str]:
+    """The files of the logs' folder, each with its first line."""
+    return {p.name: p.read_text().partition("\n")[0] for p in (cluster.place / "launch-logs/job").iterdir()}
+
+
 def test_from_nothing_to_done(cluster):
     done = cluster.run("tpu_pod.sh", *RUN)
     assert done.returncode == 0, done.stderr
     assert steps(cluster, 0) == steps(cluster, 1) == ["check", "mkdir", "install", "check", "mount", "start", "follow"]
-    assert "words of worker 1" in (cluster.place / "launch-logs/job/worker-1.log").read_text()
+    assert "words of worker 1" in (cluster.place / "launch-logs/job/worker-1-0.log").read_text()
     started = next(a for call in cluster.calls for a in call if a.startswith("--command=: start"))
     assert r"my\\\ config.py" in started
     assert "/mnt/buckets/bkt/w" in started and "gs://" not in started
@@ -39,10 +44,11 @@ def test_a_dead_worker_is_named_before_anything_is_installed(cluster):
     assert "install" not in steps(cluster, 0) and "start" not in steps(cluster, 0)
 
 
-def test_another_version_on_one_worker_is_named_before_the_start(cluster):
-    other = cluster.run("tpu_pod.sh", *RUN, jax={"1": "0.9.0"})
+@pytest.mark.parametrize(("package", "needed"), [("jax", "0.10.2"), ("libtpu", "0.0.42.1")])
+def test_another_version_on_one_worker_is_named_before_the_start(cluster, package, needed):
+    other = cluster.run("tpu_pod.sh", *RUN, **{package: {"1": "0.0.9"}})
     assert other.returncode == 1
-    assert "worker 1 has jax 0.9.0 where 0.10.2 is needed" in other.stderr
+    assert f"worker 1 has {package} 0.0.9 where {needed} is needed" in other.stderr
     assert "start" not in steps(cluster, 0)
 
 
@@ -75,6 +81,43 @@ def test_a_preempted_resource_is_made_again_and_the_run_resumed(cluster):
     assert steps(cluster, 0).count("install") == steps(cluster, 0).count("start") == 2
     starts = {a for call in cluster.calls for a in call if a.startswith("--command=: start")}
     assert len(starts) == 1  # the same command, so the same work directory
+
+
+def test_what_a_lost_worker_said_is_kept(cluster):
+    """Three connections end; the later ones bring nothing or less than the first."""
+    words = ["a traceback of worker {}\nand its end", "a traceback of worker {}"]
+    lost = cluster.run("tpu_pod.sh", *RUN, codes=[[0, "lost"], [0, "lost"], [0, "silent"]], words=words)
+    assert lost.returncode == 1 and "worker 1 was lost" in lost.stderr
+    assert logs(cluster) == {"worker-0-0.log": "a traceback of worker 0", "worker-1-0.log": "a traceback of worker 1"}
+    assert "and its end" in (cluster.place / "launch-logs/job/worker-1-0.log").read_text()
+
+
+def test_every_restart_has_logs_of_its_own(cluster):
+    words = ["first words of {}", "second words of {}"]
+    done = cluster.run("tpu_pod.sh", *RUN, codes=[[75, "preempted"], [0, 0]], words=words)
+    assert done.returncode == 0, done.stderr
+    wanted = {f"worker-{n}-{r}.log": f"{words[r].format(n)}" for n in (0, 1) for r in (0, 1)}
+    assert logs(cluster) == wanted
+
+
+def test_a_launcher_that_is_started_again_overwrites_no_log(cluster):
+    """A log that goes on takes its file's place; another one, of a slice that was made again, gets the next number."""
+    cluster.run("tpu_pod.sh", *RUN, codes=[["lost", "lost"]], words=["run"])
+    cluster.run("tpu_pod.sh", *RUN, codes=[["lost", "lost"]], words=["run"])
+    assert logs(cluster) == {"worker-0-0.log": "run", "worker-1-0.log": "run"}
+    (cluster.place / "launch-logs/job/worker-1.part").write_text("run\nand what a killed launcher had\n")
+    cluster.run("tpu_pod.sh", *RUN, words=["another run"])
+    both = {"worker-0-0.log": "run", "worker-0-1.log": "another run"}
+    assert logs(cluster) == both | {"worker-1-0.log": "run", "worker-1-1.log": "another run"}
+    assert "killed launcher" in (cluster.place / "launch-logs/job/worker-1-0.log").read_text()
+
+
+@pytest.mark.parametrize("late", [6, 7, 10])
+def test_a_preemption_that_shows_after_the_connections_ended_is_one(cluster, late):
+    """Two workers ask three times each while they follow; the state may tell only after that."""
+    done = cluster.run("tpu_pod.sh", *RUN, codes=[["late", "late"]] * 3 + [[0, 0]], late=late)
+    assert done.returncode == 0, done.stderr
+    assert cluster.verbs("create", "delete") == ["create", "delete", "create"]
 
 
 def test_a_suspended_resource_is_replaced(cluster):
