@@ -15,6 +15,7 @@ from hypenet_jax.model.layers import hype_scaling, query_scaling, rms_norm, swig
 from hypenet_jax.model.parameters import Parameter, Table, ones
 from hypenet_jax.parallel.activations import constrain, sequence_shards
 from hypenet_jax.parallel.sharded_kernels import along_rows, to_natural, to_zigzag
+from hypenet_jax.parallel.weights import after
 
 # mix(layer, normed_BTD, context) -> the mixer's output [B, T, D]
 Mix = Callable[[int, jax.Array, Context], jax.Array]
@@ -48,16 +49,6 @@ def head(params: dict) -> jax.Array:
     return params["lm_head"] if "lm_head" in params else params["embedding"].T
 
 
-def own_mixers(params: dict, config: ModelConfig) -> Mix:
-    """Every layer mixes with the mixer that the config names and its own parameters."""
-
-    def mix(layer: int, normed_BTD: jax.Array, context: Context) -> jax.Array:
-        mixer = mixers.BY_NAME[config.mixers[layer]]
-        return mixer.forward(params[f"layer_{layer}"]["mixer"], config, normed_BTD, context)
-
-    return mix
-
-
 def forward(
     params: dict,
     config: ModelConfig,
@@ -72,9 +63,9 @@ def forward(
 ) -> jax.Array:
     """Hidden states after the final norm, [B, T, D] in `dtype`.
 
-    `mix` replaces the layers' mixers: alignment watches them and selection swaps them through it. `remat` keeps only
-    each layer's input for the backward pass. `hype_a` overrides the config's query scaling by s_t of that a, which
-    may be traced (fitting tries many).
+    `mix` replaces the layers' own mixers: alignment watches them and selection swaps them through it. `remat` keeps
+    only each layer's input for the backward pass. `hype_a` overrides the config's query scaling by s_t of that a,
+    which may be traced (fitting tries many).
 
     Under a mesh with seq > 1 the layers, and so `mix`, see rows filled up with padding to a multiple of 2 * seq tokens,
     in zigzag order; what comes back is in the caller's order. `exchange` is attention's (`parallel.sequence`).
@@ -87,16 +78,20 @@ def forward(
     if shards > 1:
         tokens_BT, positions, ids, scale = to_zigzag((tokens_BT, *context[:3]))
         context = Context(positions, ids, scale, exchange)
-    mix = mix or own_mixers(params, config)
-    x_BTD = _residual(jnp.asarray(params["embedding"])[tokens_BT].astype(dtype))
-    for layer in range(config.num_layers):
+    x_BTD = before_BTD = _residual(jnp.asarray(params["embedding"])[tokens_BT].astype(dtype))
+    for layer, mixer in enumerate(config.mixers):
 
-        def run(x_BTD, layer=layer):
-            weights = params[f"layer_{layer}"]
-            mixed = mix(layer, rms_norm(x_BTD, weights["input_norm"], config.norm_eps), context)
+        def run(x_BTD, before_BTD, layer=layer, mixer=mixer):
+            # Gathered while the layer before is at work, not sooner.
+            weights = after(before_BTD, params[f"layer_{layer}"])
+            normed_BTD = rms_norm(x_BTD, weights["input_norm"], config.norm_eps)
+            if mix is None:
+                mixed = mixers.BY_NAME[mixer].forward(weights["mixer"], config, normed_BTD, context)
+            else:
+                mixed = mix(layer, normed_BTD, context)
             return _feed_forward(weights, config, x_BTD + mixed)
 
-        x_BTD = jax.checkpoint(run)(x_BTD) if remat else run(x_BTD)
+        x_BTD, before_BTD = (jax.checkpoint(run) if remat else run)(x_BTD, before_BTD), x_BTD
     hidden_BTD = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
     return to_natural(hidden_BTD)[:, :length] if shards > 1 else hidden_BTD
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -30,6 +32,31 @@ def gathered(weight: jax.Array, dtype: DTypeLike, *axes: str | None) -> jax.Arra
         weight = jax.lax.with_sharding_constraint(weight.astype(dtype), divided)
     # Without a cast nothing need be said of how it lies: a teacher that all devices hold whole is gathered from nobody.
     return _gather(divided, whole, weight)
+
+
+def after(ready: jax.Array, weights: Any) -> Any:
+    """The same weights, which under a mesh nobody gathers before `ready` is there.
+
+    A gather depends on nothing else, and XLA puts what it finds no work to hide behind before all work: on two GPUs
+    half of a step's gathers came before the first product, while no device had anything to do.
+    """
+    return weights if divided_mesh() is None else _after(ready, weights)
+
+
+@jax.custom_vjp
+def _after(ready: jax.Array, weights: Any) -> Any:
+    return jax.lax.optimization_barrier((ready, weights))[1]
+
+
+def _after_forward(ready: jax.Array, weights: Any) -> tuple[Any, jax.Array]:
+    return _after(ready, weights), ready
+
+
+def _after_backward(ready: jax.Array, gradient: Any) -> tuple[jax.Array, Any]:
+    return jnp.zeros_like(ready), gradient
+
+
+_after.defvjp(_after_forward, _after_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
