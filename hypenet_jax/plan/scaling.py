@@ -23,7 +23,7 @@ from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
 from hypenet_jax.parallel import processes
-from hypenet_jax.parallel.mesh import check_axes, check_compute_dtype, make_mesh
+from hypenet_jax.parallel.mesh import SLICES, check_axes, check_compute_dtype, make_mesh
 from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.plan.machines import MOST_CPUS
 from hypenet_jax.plan.places import SCALING, check_places
@@ -36,8 +36,8 @@ from hypenet_jax.train.checkpoint import versions
 
 TRACED = 3
 COLUMNS = (
-    "mesh", "devices", "rows", "ms/step", "tokens/s", "efficiency", "compute ms", "collectives ms", "input ms",
-    "loss differs",
+    "mesh", "devices", "rows", "microbatches", "ms/step", "tokens/s", "efficiency", "compute ms", "collectives ms",
+    "input ms", "loss differs",
 )  # fmt: skip
 
 
@@ -64,7 +64,9 @@ def scaling(
 
     Args:
       meshes: "fsdp=2,tensor=2", each on as many of the devices as it takes, those of the first processes.
-      weak: the config's batch is that of the smallest mesh and grows with the devices, instead of being the same.
+      weak: the config's batch is that of the smallest mesh and grows with the devices. Else it is the same on every
+        mesh, and in fewer microbatches where its rows are divided between more devices: the config's number is that of
+        the smallest mesh.
       json_file, directory: where the records, and the table with the plot, are written; None writes none.
 
     Raises:
@@ -113,10 +115,12 @@ def _cells(config: ConvertConfig, meshes: Sequence[str], stage: str, weak: bool)
     check_compute_dtype(config.dtype)
     # Whole processes, of which process 0 is always one.
     devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    fewest = _row_shards(wanted[sizes.index(min(sizes))])
     cells = []
     for text, axes, size in zip(meshes, wanted, sizes, strict=True):
         with named(f"mesh {text!r}"):
-            changed = _grown(config, stage, size, min(sizes)) if weak else config
+            grown = _grown(config, stage, size, min(sizes)) if weak else None
+            changed = grown or _divided(config, stage, _row_shards(axes), fewest)
             mesh = make_mesh(axes, devices[:size])
             work_of(stage, changed, teacher, mesh)
         cells.append(_Cell(changed, teacher, mesh, axes))
@@ -172,6 +176,7 @@ def _measure(cell: _Cell, stage: str, steps: int) -> dict[str, Any]:
         "devices": mesh.size,
         "device": jax.devices()[0].device_kind,
         "rows": getattr(cell.config, stage).batch_size,
+        "microbatches": getattr(cell.config, stage).gradient_accumulation,
         "step_seconds": seconds,
         "tokens_per_second": work.tokens / waiting,
         "compute_seconds": compute / TRACED,
@@ -226,6 +231,19 @@ def _grown(config: ConvertConfig, stage: str, size: int, smallest: int) -> Conve
     return dataclasses.replace(config, **{stage: dataclasses.replace(settings, batch_size=rows // smallest)})
 
 
+def _divided(config: ConvertConfig, stage: str, shards: int, fewest: int) -> ConvertConfig:
+    """With fewer microbatches by as much as a device's share of the rows is smaller than on the smallest mesh."""
+    settings = getattr(config, stage)
+    parts = settings.gradient_accumulation
+    fewer = math.gcd(parts, shards // fewest) if shards % fewest == 0 else 1
+    return dataclasses.replace(config, **{stage: dataclasses.replace(settings, gradient_accumulation=parts // fewer)})
+
+
+def _row_shards(axes: dict[str, int]) -> int:
+    """Devices, or groups of them, between which rows of the batch are divided."""
+    return math.prod(axes.get(name, 1) for name in (SLICES, "data", "fsdp"))
+
+
 def _enough_devices(sizes: dict[str, int]) -> None:
     """sizes: devices by mesh."""
     largest = max(sizes, key=lambda text: sizes[text])
@@ -249,6 +267,7 @@ def _row(record: dict[str, Any]) -> list[str]:
         written(record["mesh"]),
         str(record["devices"]),
         str(record["rows"]),
+        str(record["microbatches"]),
         f"{record['step_seconds'] * 1e3:.1f}",
         f"{record['tokens_per_second']:,.0f}",
         f"{record['efficiency']:.2f}",

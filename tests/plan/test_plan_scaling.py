@@ -12,6 +12,7 @@ import pytest
 from test_plan_cpu import CONFIG
 
 from hypenet_jax.cli import main
+from hypenet_jax.config import load_config
 from hypenet_jax.plan import scaling as module
 from hypenet_jax.plan.trace import _covered
 
@@ -55,6 +56,16 @@ def test_losses_are_compared_with_the_smallest_mesh(config_file, tmp_path):
         assert record["loss_difference"] == pytest.approx(max(differences), rel=1e-6) and max(differences) < 1e-5
         assert record["norm_difference"] < 1e-4
     assert eight["norm_difference"] > 0
+
+
+def test_rows_of_more_devices_take_fewer_microbatches(config_file):
+    config = load_config(config_file, ["distill.gradient_accumulation=4", "distill.batch_size=32"])
+    meshes = ["fsdp=1", "fsdp=2", "seq=2", "data=2,fsdp=4", "tensor=2,fsdp=2"]
+    cells = module._cells(config, meshes, "distill", weak=False)
+    assert [cell.config.distill.gradient_accumulation for cell in cells] == [4, 2, 4, 1, 2]
+    assert {cell.config.distill.batch_size for cell in cells} == {32}
+    weak = module._cells(config, meshes, "distill", weak=True)
+    assert {cell.config.distill.gradient_accumulation for cell in weak} == {4}
 
 
 def test_several_processes_measure_together_and_one_writes(config_file, tmp_path):
