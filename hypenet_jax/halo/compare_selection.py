@@ -112,7 +112,9 @@ def _check(run: Run) -> None:
                 select.choose({}, num_layers, method, config.select.keep)
     if "gate-search" in config.compare.methods:
         precheck.check_gate(config, run.mesh)
-    precheck.check_evaluation(evaluation_of(run), run.tokenizer, run.heldout, config.seed, "compare")
+    evaluation = evaluation_of(run)
+    seed = evaluation.needle_seed(config.seed)
+    precheck.check_evaluation(evaluation, run.tokenizer, run.heldout, seed, "compare")
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def _evaluated(run: Run, model: Any, params: dict, name: str) -> dict[str, Any]:
         settings,
         windows=windows,
         essays=essays,
-        seed=run.config.seed,
+        seed=settings.needle_seed(run.config.seed),
         report=lambda line: run.reporter.message(f"compare-selection  {name}  {line}"),
         keep=lambda _: stop_if_asked(run.reporter.message, f"compare-selection  {name}"),
     )

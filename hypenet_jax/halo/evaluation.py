@@ -42,7 +42,7 @@ def evaluate(run: Run, others: Mapping[str, str] = MappingProxyType({})) -> dict
         **{name: partial(_other, run, source) for name, source in others.items()},
     }
     windows, essays = corpus.measured_text(settings, run.heldout, run.tokenizer)
-    asked = Questions(settings, run.config.seed, run.tokenizer, windows, essays)
+    asked = Questions(settings, settings.needle_seed(run.config.seed), run.tokenizer, windows, essays)
     lengths = {"train_length": run.config.finetune.seq_len, "teacher_length": run.config.distill.seq_len}
     evaluation = Evaluation(run.workdir, asked, run.reporter.message, **lengths)
     for name, opened in models.items():
@@ -86,7 +86,7 @@ def _needles_by_scale(run: Run, essays) -> None:
             run.config.evaluate,
             grid=run.config.evaluate.scale_grid or run.config.fit_scale.grid,
             essays=essays,
-            seed=run.config.seed,
+            seed=run.config.evaluate.needle_seed(run.config.seed),
             report=run.reporter.message,
             between=partial(stop_if_asked, run.reporter.message, "evaluate needles"),
         )

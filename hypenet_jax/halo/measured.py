@@ -52,8 +52,10 @@ class Evaluation:
 
     def __init__(self, workdir: pathlib.Path, asked: Questions, say: Callable[[str], None], **lengths: int):
         self._workdir, self._asked, self._say = workdir, asked, say
-        # What is asked for every a has a file of its own.
-        settings = {k: v for k, v in dataclasses.asdict(asked.settings).items() if not k.startswith("scale_")}
+        # What is asked for every a has a file of its own. The run's own seed is no setting: files may be older than it.
+        own = {"seed"} if asked.settings.seed is None else set()
+        settings = dataclasses.asdict(asked.settings)
+        settings = {k: v for k, v in settings.items() if not k.startswith("scale_") and k not in own}
         wanted = {"settings": settings, **lengths}
         path = workdir / EVALUATION
         found = read_json(path) if path.is_file() else {}

@@ -65,7 +65,7 @@ def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, 
             probes(config.select, tokenizer, heldout, config.seed)
     with section("fit_scale"):
         corpus.long_documents(heldout, config.fit_scale.length, config.fit_scale.documents)
-    check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
+    check_evaluation(config.evaluate, tokenizer, heldout, config.evaluate.needle_seed(config.seed))
 
 
 def _check_completions(config: ConvertConfig, text: PackedTokens) -> None:

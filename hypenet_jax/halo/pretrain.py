@@ -50,7 +50,7 @@ def pretrain(
     _check_start(model, config)
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
-    check_evaluation(config.evaluate, tokenizer, heldout, config.seed)
+    check_evaluation(config.evaluate, tokenizer, heldout, config.evaluate.needle_seed(config.seed))
     with timed(path, "train"):
         params, _ = train(
             name="train",
@@ -71,7 +71,7 @@ def pretrain(
     stop_if_asked(reporter.message, "export")
     hub.save(model, params, path / "export", card=run_card(path, model.config, "float32", command))
     windows, essays = corpus.measured_text(config.evaluate, heldout, tokenizer)
-    asked = Questions(config.evaluate, config.seed, tokenizer, windows, essays)
+    asked = Questions(config.evaluate, config.evaluate.needle_seed(config.seed), tokenizer, windows, essays)
     evaluation = Evaluation(path, asked, reporter.message, train_length=config.train.seq_len)
     evaluation.measure("model", Measured(model, params), "evaluate")
     first(lambda: _card_and_report(path, run_card(path, model.config, "float32", command), reporter))

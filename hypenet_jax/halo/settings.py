@@ -180,6 +180,7 @@ class EvaluateConfig:
     tasks: tuple[str, ...] = ("S1", "S2", "S3")
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     samples: int = 20
+    seed: int | None = None  # of the needles; None: the run's. Another asks a finished run what it has not been asked
     depths: tuple[float, ...] | None = None  # None: RULER's random depths
     essays: str | None = None  # file or folder of essays; None: held-out prose, tasks then named S2-like, S3-like
     answer: str = "forced"  # "forced": greedy match read off one forward; "generate": decode and search
@@ -200,6 +201,8 @@ class EvaluateConfig:
         check_choice("evaluate.answer", self.answer, ("forced", "generate"))
         check_positive("evaluate", self, "samples", "answer_budget", "prefill_chunk", "batch_tokens", "new_tokens")
         check_positive("evaluate", self, "perplexity_length", "perplexity_documents")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise HypenetError(f"evaluate.seed is {self.seed}; it must be at least 0 and below 2**32")
         check_each_once("evaluate", self, "tasks", "lengths", "scale_lengths")
         if self.row_tokens is not None and self.row_tokens < max(self.lengths, default=1):
             raise HypenetError(
@@ -211,6 +214,10 @@ class EvaluateConfig:
             raise HypenetError(f"evaluate.scale_grid is {self.scale_grid}; its values must be above 1 and finite")
         if not all(self.prompts):
             raise HypenetError("evaluate.prompts holds an empty prompt; write a text to continue")
+
+    def needle_seed(self, of_run: int) -> int:
+        """The seed of the needles of a run that has this seed."""
+        return of_run if self.seed is None else self.seed
 
 
 @dataclasses.dataclass(frozen=True)

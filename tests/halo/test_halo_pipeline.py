@@ -12,6 +12,7 @@ import pytest
 
 import hypenet_jax as hn
 from hypenet_jax.cli import main
+from hypenet_jax.config import load_config
 from hypenet_jax.evals import suite
 from hypenet_jax.halo import fit_scale, pipeline, run, variants
 from hypenet_jax.halo.workdir import read_json
@@ -142,6 +143,26 @@ def test_new_measurements_of_a_finished_run(finished, convert_config, tmp_path, 
     assert {row["length"] for model in found["models"].values() for row in model["niah"]} == {480}
     assert found["samples"] == []
     assert contents(copy / "finetune") == contents(finished / "finetune")
+
+
+def test_a_finished_run_may_be_asked_needles_of_another_seed(finished, convert_config, tmp_path, monkeypatch):
+    copy, seeds = tmp_path / "run", []
+    shutil.copytree(finished, copy)
+
+    def measured(*_arguments, seed, **_options):
+        seeds.append(seed)
+        return {"niah": []}
+
+    monkeypatch.setattr(suite, "evaluate_model", measured)
+    command = ["evaluate", "--config", str(convert_config), "--workdir", str(copy), "--set", "evaluate.prompts=[]"]
+    own = load_config(convert_config).seed
+    for flags, asked in ((["--set", "evaluate.seed=987654"], 987654), ([], own), (["--set", "evaluate.seed=5"], 5)):
+        for again in (False, True):
+            seeds.clear()
+            assert main([*command, *flags]) == 0
+            assert seeds == ([] if again else [asked] * 3)
+    assert "seed" not in read_json(finished / "eval.json")["settings"]  # as files were before it could be set
+    assert main([*command, "--set", "evaluate.seed=-1"]) == 2
 
 
 def test_other_models_are_measured_beside_the_run_s_own(finished, convert_config, tmp_path, monkeypatch):
