@@ -185,6 +185,7 @@ def test_training_from_scratch_and_its_model_are_planned(config_file, tmp_path, 
     each = 2 * (6 * (attention + mlp) + 3.5 * 2 * 32 * 4 * 8) + 3 * 2 * 32 * 257
     assert train["flops"] == pytest.approx(each * 512 / 8)
     assert prefill["tokens_per_step"] == 4 * 32 and decode["tokens_per_step"] == 4
+    assert prefill["parts_bytes"]["parameters"] == decode["parts_bytes"]["parameters"] == held
 
 
 @pytest.mark.parametrize(
@@ -207,11 +208,15 @@ def test_the_rules_of_teacher_and_student_are_the_configs(config_file):
     work = work_of("distill", config, config_of(config.teacher), mesh)
     student, teacher = (work.parts[name]["layer_0"]["mlp"]["gate"] for name in ("parameters", "teacher"))
     assert (tuple(student.sharding.spec), tuple(teacher.sharding.spec)) == (("fsdp", None), (None, "tensor"))
+    # A run's evaluation holds the student as its training does.
+    weight = work_of("decode", config, config_of(config.teacher), mesh).parts["parameters"]["layer_0"]["mlp"]["gate"]
+    assert tuple(weight.sharding.spec) == ("fsdp", None)
     config = load_config(config_file, ["rules.mpl=()"])
-    with pytest.raises(
-        HypenetError, match="in config section 'rules': the sharding rule 'mpl' is used by no parameter"
-    ):
-        work_of("distill", config, config_of(config.teacher), mesh)
+    for stage in ("distill", "decode"):
+        with pytest.raises(
+            HypenetError, match="in config section 'rules': the sharding rule 'mpl' is used by no parameter"
+        ):
+            work_of(stage, config, config_of(config.teacher), mesh)
 
 
 def test_what_the_compiler_says_of_too_large_a_program():
