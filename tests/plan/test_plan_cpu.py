@@ -107,8 +107,8 @@ def test_weights_travel_one_by_one_and_gradients_return_divided(config_file):
         (["--topology", "cpu8", "--mesh", "fsdp=3"], "fsdp=3 x seq=1 x tensor=1 does not multiply to the 8 devices"),
         (["--topology", "cpu8", "--mesh", "fsdp"], "mesh 'fsdp' is not of the form axis=size"),
         (
-            ["--topology", "cpu4,cpu8", "--mesh", "fsdp=-1", "--set", "distill.batch_size=12"],
-            "distill on cpu8, mesh fsdp=8: .*do not divide over",
+            ["--topology", "cpu4,cpu8", "--mesh", "fsdp=-1", "--set", "distill.batch_size=6"],
+            "distill on cpu4, mesh fsdp=4: .*do not divide over",
         ),
         (["--topology", "cpu8", "--set", "teacher=nowhere"], "no model at nowhere.*qwen3-1.7b.*config.json"),
     ],
@@ -157,6 +157,7 @@ def test_what_is_named_twice_is_compiled_once(config_file, monkeypatch):
     compiled = []
     monkeypatch.setattr(planning, "_record", lambda stage, cell, *_: compiled.append((stage, cell)) or {"stage": stage})
     monkeypatch.setattr(planning, "describe", str)
+    monkeypatch.setattr(planning, "describe_total", lambda _: "")
     monkeypatch.setattr(planning, "overview", str)
     words = ["--topology", "cpu8,cpu8", "--topology", "cpu8", "--mesh", "fsdp=8", "--mesh", "fsdp=8,seq=1"]
     assert main(["plan", "--config", str(config_file), *words, "--stages", "align", "decode", "align"]) == 0
