@@ -18,7 +18,7 @@ from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
 from hypenet_jax.parallel.mesh import SLICES, check_axes, make_mesh
-from hypenet_jax.parallel.presets import MOST_FSDP, PRESETS, spread
+from hypenet_jax.parallel.presets import MOST_FSDP, PRESETS, preset, spread
 from hypenet_jax.plan.compile import QUICK, Compiled, compile_work, held
 from hypenet_jax.plan.machines import (
     GIB,
@@ -247,15 +247,16 @@ def parsed_mesh(text: str) -> dict[str, int]:
 
 
 def _default_mesh(config: ConvertConfig | PretrainConfig, one: Machine) -> dict[str, int]:
-    """The config's mesh where it can multiply to the machine's chips, else one for the machine."""
+    """The config's mesh where it can multiply to the machine's chips and slices, else one for the machine."""
     check_axes(config.mesh)
-    known = math.prod(size for size in config.mesh.values() if size != -1)
-    rest = -1 in config.mesh.values()
-    if config.mesh and (one.chips % known == 0 if rest else one.chips == known):
+    rest = one.chips // math.prod(size for size in config.mesh.values() if size != -1)
+    sizes = {name: rest if size == -1 else size for name, size in config.mesh.items()}
+    slices = one.platform != "tpu" or sizes.get(SLICES, 1) == one.slices
+    if config.mesh and math.prod(sizes.values()) == one.chips and slices:
         return dict(config.mesh)
     if one.hosts > 1:
         # Rows are split over hosts, too.
         fsdp = max(1, min(one.chips // one.hosts, MOST_FSDP // one.hosts))
         tensor = one.chips // one.hosts // fsdp
         return {SLICES: one.hosts, "fsdp": fsdp} | ({"tensor": tensor} if tensor > 1 else {})
-    return dict(PRESETS.get(one.name) or spread(one.chips))
+    return preset(one.name) if one.slices > 1 or one.name in PRESETS else spread(one.chips)
