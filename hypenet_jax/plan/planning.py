@@ -211,6 +211,7 @@ def _numbers(
         "temporary_bytes": compiled.temporaries,
         "code_bytes": compiled.code,
         "total_bytes": compiled.total,
+        "little_room": compiled.tight,
         "traffic_bytes": compiled.traffic,
         "traffic_apart_bytes": compiled.apart,
         "largest": dict(compiled.largest),

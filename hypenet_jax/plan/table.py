@@ -8,6 +8,7 @@ from typing import Any
 GIB, MIB = 2**30, 2**20
 # Kinds and axes with less than this share of what is sent are left out.
 SHOWN = 0.01
+LITTLE_ROOM = " with little room for what a run's own effort may add: plan with --full"
 
 
 def in_units(number: float, unit: float) -> str:
@@ -40,7 +41,8 @@ def _verdict(record: dict[str, Any]) -> str:
     of = f" of {memory / GIB:.2f} GiB" if memory else ""
     total = in_units(record.get("total_bytes", 0.0), GIB)
     if record["fits"]:
-        return f"fits, {total}{of}" if memory else f"{total} GiB"
+        room = LITTLE_ROOM if record.get("little_room") else ""
+        return f"fits{room}, {total}{of}" if memory else f"{total} GiB"
     return f"does not fit, by {record['short_bytes'] / GIB:.2f} GiB{of}"
 
 
@@ -161,6 +163,8 @@ def _cells(record: dict[str, Any]) -> dict[str, str]:
         return cells | {"fits": f"no, {record['short_bytes'] / GIB:.2f} short"}
     sent = sum(one["sent"] for one in record["collectives"]) / MIB
     cells |= {"GiB/chip": in_units(record["total_bytes"], GIB), "fits": "yes", "sent MiB": f"{sent:,.0f}"}
+    if record.get("little_room"):
+        cells["note"] = "little room: --full"
     if "seconds" in record:
         cells["ms/step"] = "{:.3g}-{:.3g}".format(*(s * 1e3 for s in record["step_seconds"]))
         cells["tokens/s"] = "{:,.0f}-{:,.0f}".format(*record["tokens_per_second"])

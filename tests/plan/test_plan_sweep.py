@@ -1,11 +1,17 @@
 """What a plan over several stages, meshes and machines says: its table, totals, and combinations that do not divide."""
 
+import dataclasses
 import json
 
 import pytest
 
 from hypenet_jax.cli import main
+from hypenet_jax.config import load_config
+from hypenet_jax.plan import machines, planning
+from hypenet_jax.plan.compile import FULL, QUICK, Compiled, little_room
+from hypenet_jax.plan.machines import machine
 from hypenet_jax.plan.plot import write_plan
+from hypenet_jax.plan.remedies import remedy
 from hypenet_jax.plan.table import COLUMNS, describe, overview, rows, totals
 
 GIB = 2**30
@@ -95,6 +101,40 @@ def test_a_mesh_that_does_not_divide_is_a_row_of_the_sweep(config_file, tmp_path
     assert line["fits"] == "no" and line["note"].startswith(why) and line["compile s"] == ""
     assert why in (tmp_path / "plan.html").read_text()
     assert describe(records[2]).count("\n") == 0
+
+
+def test_a_quick_plan_says_where_a_runs_own_effort_may_not_fit():
+    tpu, all_of_it = machine("v5e-16"), 15.75 * GIB
+    # What lies there, and temporaries that grow by two fifths at a run's own effort.
+    assert not little_room(all_of_it - 0.41 * 4 * GIB, 4 * GIB, QUICK, tpu)
+    assert little_room(all_of_it - 0.39 * 4 * GIB, 4 * GIB, QUICK, tpu)
+    assert not little_room(all_of_it - 0.39 * 4 * GIB, 4 * GIB, FULL, tpu)
+    assert not little_room(79 * GIB, 40 * GIB, QUICK, machine("h100x8")) and not little_room(1, 1, QUICK, None)
+
+
+def test_little_room_is_in_the_verdict_the_record_and_the_table(config_file, tmp_path, monkeypatch, capsys):
+    tight = Compiled({"parameters": 9 * GIB}, temporaries=5 * GIB, tight=True)
+    monkeypatch.setattr(machines, "CPU", dataclasses.replace(machines.CPU, memory=15.75))
+    monkeypatch.setattr(planning, "compile_work", lambda *_: tight)
+    words = ["--topology", "cpu8", "--stages", "distill", "finetune", "--json", str(tmp_path / "plan.json")]
+    assert main(["plan", "--config", str(config_file), *words]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "distill: fits with little room for what a run's own effort may add: plan with --full, 14.00 of 15.75 GiB"
+        in said
+    )
+    records = json.loads((tmp_path / "plan.json").read_text())
+    assert [record["little_room"] for record in records] == [True, True]
+    assert all(line["fits"] == "yes" and line["note"] == "little room: --full" for line in cells(rows(records)))
+    monkeypatch.setattr(planning, "compile_work", lambda *_: dataclasses.replace(tight, tight=False))
+    assert main(["plan", "--config", str(config_file), *words]) == 0
+    assert "little room" not in capsys.readouterr().out
+
+
+def test_a_remedy_with_little_room_says_so(config_file):
+    config = load_config(config_file)
+    found = remedy("finetune", config, {"data": 2, "fsdp": 4}, lambda *_: Compiled({}, tight=True), print)
+    assert found.endswith("fits (0.0 GiB; compiled, with little room: plan it with --full)")
 
 
 @pytest.mark.parametrize("meshes", [["fsdp=8"], ["fsdp=8", "data=8"]])
