@@ -98,7 +98,12 @@ def _grid_of_slices(slices: int, shape: tuple[int, ...], devices: Sequence[jax.D
         raise HypenetError(
             f"mesh axis {SLICES!r} has size {slices} but the devices form {found} slices; make it {found}"
         )
-    grid = mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, *(1 for _ in shape)), devices)
+    sizes = ((1, *shape), (slices, *(1 for _ in shape)))
+    try:
+        grid = mesh_utils.create_hybrid_device_mesh(*sizes, devices)
+    except NotImplementedError:
+        # As for one slice: sizes that are no products of whole axes of the torus.
+        grid = mesh_utils.create_hybrid_device_mesh(*sizes, devices, allow_split_physical_axes=True)
     return grid.reshape(slices, *shape)
 
 

@@ -141,13 +141,17 @@ def test_two_slices_sum_gradients_between_them(tmp_path):
 
 LAY_OUT = """
 from hypenet_jax.parallel.mesh import make_mesh
-from hypenet_jax.parallel.presets import PRESETS
+from hypenet_jax.parallel.presets import PRESETS, preset
 from hypenet_jax.plan.machines import machine, open_devices, use_cpu
 use_cpu(1)
-for name, axes in {**PRESETS, "v5p-128": {"fsdp": 2, "seq": 32}}.items():
-    if machine(name).platform == "tpu":
-        mesh = make_mesh(axes, open_devices(machine(name)))
-        print(name, len(set(mesh.devices.flat)))
+tpus = [name for name in PRESETS if machine(name).platform == "tpu"]
+sizes = {name: preset(name) for name in (*tpus, *(f"2x{name}" for name in tpus))} | {"v5p-128": {"fsdp": 2, "seq": 32}}
+for name, axes in sizes.items():
+    mesh = make_mesh(axes, open_devices(machine(name)))
+    print(name, len(set(mesh.devices.flat)))
+    # No axis but dcn leaves a slice.
+    parts = mesh.devices if "dcn" in mesh.shape else [mesh.devices]
+    assert all(len({getattr(device, "slice_index", 0) for device in part.flat}) == 1 for part in parts), name
 """
 
 
@@ -156,4 +160,5 @@ def test_every_presets_mesh_lies_on_its_machine():
     done = subprocess.run([sys.executable, "-c", LAY_OUT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
     found = dict(line.split() for line in done.stdout.splitlines())
-    assert found["v5e-256"] == "256" and found["v5p-8"] == "4" and found["v5p-128"] == "64" and len(found) > 8
+    assert found["v5e-256"] == "256" and found["v5p-8"] == "4" and found["v5p-128"] == "64" and len(found) > 16
+    assert found["2xv5e-256"] == "512" and found["2xv5p-8"] == "8"
