@@ -96,7 +96,7 @@ def remedy(
         tried.append(candidate.change)
         if not compiled.short:
             room = ", with little room: plan it with --full" if compiled.tight else ""
-            return f"--set {candidate.change} fits ({compiled.total / 2**30:.1f} GiB; compiled{room})"
+            return f"--set {candidate.change} fits ({compiled.total / 2**30:.1f} GiB; compiled){room}"
         say(f"{candidate.change} is still short by {compiled.short / 2**30:.2f} GiB")
     if not tried:
         return "nothing that we know of divides it further: take more or larger chips"

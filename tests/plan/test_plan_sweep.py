@@ -134,7 +134,7 @@ def test_little_room_is_in_the_verdict_the_record_and_the_table(config_file, tmp
 def test_a_remedy_with_little_room_says_so(config_file):
     config = load_config(config_file)
     found = remedy("finetune", config, {"data": 2, "fsdp": 4}, lambda *_: Compiled({}, tight=True), print)
-    assert found.endswith("fits (0.0 GiB; compiled, with little room: plan it with --full)")
+    assert found.endswith("fits (0.0 GiB; compiled), with little room: plan it with --full")
 
 
 @pytest.mark.parametrize("meshes", [["fsdp=8"], ["fsdp=8", "data=8"]])
