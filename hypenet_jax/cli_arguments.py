@@ -200,7 +200,7 @@ def _add_planning(plan: argparse.ArgumentParser, scaling: argparse.ArgumentParse
         action="append",
         required=True,
         metavar="MACHINE",
-        help="v5e-16, v5p-64, v6e-64, h100x8, cpu8, ... or several",
+        help="v5e-16, v5p-64, 2xv6e-64, h100x8, cpu8, ... or several",
     )
     plan.add_argument("--mesh", action="append", default=[], metavar="AXIS=SIZE,...", help="again for a sweep")
     training = ("align", "distill", "finetune")

@@ -57,13 +57,14 @@ device_description_str: "{name}"
 """
 
 
-def open_topology(name: str, gpu: str | None = None) -> list[Any]:
+def open_topology(name: str, gpu: str | None = None, slices: int = 1) -> list[Any]:
     """The devices of an absent machine, for shardings of what is compiled for it.
 
     Args:
       name: "v5e", "v5p", "v6e", or a topology as libtpu names it ("v5e:4x4"); "h100" or "h200" for one GPU, "h100:2x8"
         for two hosts of eight; "gpu" or "gpu:2x8" for those that `gpu` tells of.
       gpu: the text of XLA's GpuTargetConfigProto.
+      slices: so many TPU slices of that topology, joined by the data-center network.
 
     Raises:
       ValueError: "gpu" without its description.
@@ -81,7 +82,9 @@ def open_topology(name: str, gpu: str | None = None) -> list[Any]:
     # libtpu would look for a TPU's metadata service, and for another process that has the TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=TPUS.get(name, name)).devices)
+    # A single slice is named no number: its devices' ids then begin at 0.
+    several = {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=TPUS.get(name, name), **several).devices)
 
 
 @contextlib.contextmanager

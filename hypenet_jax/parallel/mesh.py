@@ -59,8 +59,8 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
       devices: the devices of the mesh; None takes all of them.
 
     Raises:
-      HypenetError: an unknown axis, sizes that do not multiply to the number of devices, or a "dcn" that is not the
-        number of slices that the devices form.
+      HypenetError: an unknown axis, sizes that do not multiply to the number of devices, or a "dcn" (1 where there is
+        none) that is not the number of slices that TPUs form.
     """
     mesh = _mesh(axes, jax.devices() if devices is None else list(devices))
     connect(mesh)
@@ -70,7 +70,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
 def _mesh(axes: Mapping[str, int] | None, devices: Sequence[jax.Device]) -> Mesh:
     sizes = _sizes(axes, len(devices))
     slices = sizes.pop(SLICES, 1)
-    if slices > 1:
+    if slices > 1 or (devices[0].platform == "tpu" and _slices(devices) > 1):
         grid = _grid_of_slices(slices, tuple(sizes.values()), devices)
         return Mesh(grid, (SLICES, *AXES), axis_types=(AxisType.Auto,) * (1 + len(AXES)))
     shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
@@ -89,7 +89,7 @@ def row_axes(mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...]:
 
 def _grid_of_slices(slices: int, shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices [slices, *shape]: each slice laid out along its own fast network."""
-    found = len({getattr(device, "slice_index", 0) for device in devices})
+    found = _slices(devices)
     if found == 1 and devices[0].platform != "tpu":
         # CPUs and GPUs do not say what a slice is: blocks of neighbours, which on several hosts are whole hosts.
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -98,8 +98,18 @@ def _grid_of_slices(slices: int, shape: tuple[int, ...], devices: Sequence[jax.D
         raise HypenetError(
             f"mesh axis {SLICES!r} has size {slices} but the devices form {found} slices; make it {found}"
         )
-    grid = mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, *(1 for _ in shape)), devices)
+    sizes = ((1, *shape), (slices, *(1 for _ in shape)))
+    try:
+        grid = mesh_utils.create_hybrid_device_mesh(*sizes, devices)
+    except NotImplementedError:
+        # As for one slice: sizes that are no products of whole axes of the torus.
+        grid = mesh_utils.create_hybrid_device_mesh(*sizes, devices, allow_split_physical_axes=True)
     return grid.reshape(slices, *shape)
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """How many slices the devices form."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def check_compute_dtype(dtype: str) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from hypenet_jax.parallel.mesh import SLICES
 from hypenet_jax.plan.hlo import Instruction, Program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# A program of several TPU slices hands what crosses them to its host, whose runtime is told what to make of it.
+_BETWEEN_SLICES = {kind.upper().replace("-", "_"): kind for kind in KINDS[:-1]} | {"ONE_TO_ONE": "collective-permute"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +49,17 @@ def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective
     shows the whole; those parts share a chain, and one of them counts.
     """
     runs = program.runs()
+    slices = mesh_shape.get(SLICES, 1)
+    if program.partitions and program.partitions * slices == math.prod(mesh_shape.values()):
+        mesh_shape = {name: size for name, size in mesh_shape.items() if name != SLICES}
     found: dict[Any, float] = {}
     chains: dict[Any, tuple[Any, float]] = {}
     for where, times in runs.items():
         for instruction in program.computations[where].values():
             fused = instruction.attribute("calls") if instruction.opcode == "fusion" else None
             for inner in program.computations[fused].values() if fused else (instruction,):
+                if key := _between_slices(inner, program.computations[where], slices):
+                    found[key] = found.get(key, 0.0) + times
                 kind = inner.opcode.removesuffix("-start")
                 if kind not in KINDS:
                     continue
@@ -70,6 +78,16 @@ def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective
     alike = [Collective(kind, axes, devices, size, n) for (kind, axes, devices, size), n in found.items()]
     listed = [one for one in alike if one.devices > 1]
     return sorted(listed, key=lambda one: -one.sent)
+
+
+def _between_slices(instruction: Instruction, around: dict[str, Instruction], slices: int) -> Any:
+    """The collective, as the key (kind, axes, devices, bytes), that begins with this sending; None for all else."""
+    told = re.search(r'megascale_transfer_type="(\w+)"', instruction.rest) if instruction.opcode == "send" else None
+    if told is None:
+        return None
+    kind = _BETWEEN_SLICES.get(told[1], "collective-permute")
+    size = _size("send", instruction, around)
+    return kind, (SLICES,), slices, size * slices if kind == "all-gather" else size
 
 
 def _size(kind: str, instruction: Instruction, around: dict[str, Instruction]) -> float:

@@ -45,11 +45,14 @@ class Instruction:
 
 
 class Program:
-    """A compiled program: `computations` by name, each a dict of instructions by name; `entry` is where it starts."""
+    """A compiled program: `computations` by name, each a dict of instructions by name; `entry` is where it starts;
+    `partitions`: how many devices run it together, 0 where it does not say. Of several TPU slices it is that of one."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
+        noted = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+        self.partitions = int(noted[1]) if noted else 0
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if line.startswith("  ") and " = " in line:

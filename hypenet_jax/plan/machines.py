@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from hypenet_jax.errors import HypenetError
+from hypenet_jax.parallel.presets import MOST_SLICES, slices_of
 from kernels_pallas.absent import open_topology
 
 GIB = 2**30
@@ -45,7 +46,7 @@ class Chip:
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """A machine by its preset's name: its chip, how many, the topology as `open_topology` names it, and its hosts where
-    a slower network than that of the chips joins them."""
+    a slower network than that of the chips joins them; of a TPU its slices, each of that topology."""
 
     name: str
     chip: Chip
@@ -53,6 +54,7 @@ class Machine:
     platform: str  # "tpu", "gpu" or "cpu"
     topology: str
     hosts: int = 1
+    slices: int = 1
 
     @property
     def usable(self) -> float | None:
@@ -102,17 +104,19 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def machine(name: str) -> Machine:
-    """The machine of this name: "v5e-16", "v5p-64" (cores, two a chip), "v6e-64", "h100x8", "h200x16" (two hosts of
-    eight), "cpu8", ...
+    """The machine of this name: "v5e-16", "v5p-64" (cores, two a chip), "2xv6e-64" (two slices), "h100x8", "h200x16"
+    (two hosts of eight), "cpu8", ...
 
     Raises:
       HypenetError: a name that stands for no machine we know.
     """
-    if match := re.fullmatch(r"(v5e|v5p|v6e)-(\d{1,6})", name):
+    slices, one = slices_of(name)
+    if match := re.fullmatch(r"(v5e|v5p|v6e)-(\d{1,6})", one):
         kind, (count, half) = match[1], divmod(int(match[2]), 2 if match[1] == "v5p" else 1)
         if count in _SHAPES[kind] and not half:
             prefix = "v5" if kind == "v5p" else kind
-            return Machine(name, TPUS[kind], count, "tpu", f"{prefix}:{_SHAPES[kind][count]}")
+            topology = f"{prefix}:{_SHAPES[kind][count]}"
+            return Machine(name, TPUS[kind], slices * count, "tpu", topology, slices=slices)
     elif match := re.fullmatch(r"(h100|h200)x(\d{1,6})", name):
         count = int(match[2])
         hosts = max(1, count // GPUS_A_HOST)
@@ -122,8 +126,8 @@ def machine(name: str) -> Machine:
         return Machine(name, CPU, int(match[1]), "cpu", "")
     raise HypenetError(
         f"topology {name!r} is no machine we know; give v5e-N or v6e-N of 4 to 256 chips, v5p-N of 8 to 1024 cores "
-        f"(powers of two), h100xN or h200xN of 1, 2 or 4 GPUs or of 1 to {MOST_HOSTS} hosts of 8, or cpuN of 1 to "
-        f"{MOST_CPUS}"
+        f"(powers of two), 2 to {MOST_SLICES} slices of one (2xv5e-16), h100xN or h200xN of 1, 2 or 4 GPUs or of 1 to "
+        f"{MOST_HOSTS} hosts of 8, or cpuN of 1 to {MOST_CPUS}"
     )
 
 
@@ -158,7 +162,7 @@ def open_devices(machine: Machine) -> list[Any]:
             f"{machine.name} needs the {kind} compiler {package}, which is not installed; run `make aot`"
         )
     with quiet(), sigterm_kept():
-        return open_topology(machine.topology)
+        return open_topology(machine.topology, slices=machine.slices)
 
 
 def compiler_options(machine: Machine, quick: bool) -> dict[str, str]:

@@ -18,7 +18,7 @@ from hypenet_jax.halo.workdir import write_json
 from hypenet_jax.hub.published import config_of
 from hypenet_jax.model import ModelConfig
 from hypenet_jax.parallel.mesh import SLICES, check_axes, make_mesh
-from hypenet_jax.parallel.presets import MOST_FSDP, PRESETS, spread
+from hypenet_jax.parallel.presets import MOST_FSDP, PRESETS, preset, spread
 from hypenet_jax.plan.compile import QUICK, Compiled, compile_work, held
 from hypenet_jax.plan.machines import (
     GIB,
@@ -31,7 +31,7 @@ from hypenet_jax.plan.places import PLAN, check_places
 from hypenet_jax.plan.remedies import remedy
 from hypenet_jax.plan.roofline import roofline
 from hypenet_jax.plan.stages import Work, stages_of, work_of
-from hypenet_jax.plan.table import describe, overview
+from hypenet_jax.plan.table import describe, describe_total, overview
 
 
 def plan(
@@ -59,34 +59,29 @@ def plan(
 
     Raises:
       HypenetError: an unknown machine, a mesh that does not multiply to its chips, a missing compiler, a teacher whose
-        sizes are not known, or batches that do not divide.
+        sizes are not known, or a stage whose sizes divide over none of the meshes. One that divides over some of them
+        has a record that says so for each of the others.
     """
     teacher = config_of(config.teacher) if isinstance(config, ConvertConfig) else None
     machines = [machine(name) for name in dict.fromkeys(topologies)]
     given = [parsed_mesh(text) for text in dict.fromkeys(meshes)]
     use_cpu(max((m.chips for m in machines if m.platform == "cpu"), default=1))
     wanted = list(dict.fromkeys(stages or stages_of(config)))
-    cells: list[_Cell] = []
     # What can be wrong is said before the first compilation, which may take minutes.
-    for one in machines:
-        for axes in given or [_default_mesh(config, one)]:
-            with named(f"{one.name}, mesh {written(axes)}"):
-                cell = _cell(config, one, axes)
-            if not any(cell.machine == other.machine and cell.mesh == other.mesh for other in cells):
-                cells.append(cell)
-    for cell in cells:
-        for stage in wanted:
-            with named(f"{stage} on {cell.machine.name}, mesh {written(cell.axes)}"):
-                work_of(stage, cell.config, teacher, cell.mesh)
+    cells = _cells(config, machines, given)
+    refused = _refused(cells, wanted, teacher)
     check_places(PLAN, json_file, directory)
     records: list[dict[str, Any]] = []
-    for cell in cells:
+    for place, cell in enumerate(cells):
         say(f"{cell.machine.name}, {cell.machine.chips} chips, mesh {written(cell.axes)}")
         for stage in wanted:
-            records.append(_record(stage, cell, teacher, effort, say))
+            why = refused.get((place, stage))
+            records.append(_without(stage, cell, why) if why else _record(stage, cell, teacher, effort, say))
             say(describe(records[-1]))
             if json_file:
                 write_json(pathlib.Path(json_file), records)
+        if total := describe_total(records[-len(wanted) :]):
+            say(total)
     if len(records) > 1:
         say(overview(records))
     if directory:
@@ -104,6 +99,55 @@ class _Cell:
     machine: Machine
     mesh: jax.sharding.Mesh
     axes: dict[str, int]
+
+
+def _cells(
+    config: ConvertConfig | PretrainConfig, machines: Sequence[Machine], given: Sequence[dict[str, int]]
+) -> list[_Cell]:
+    """Every mesh of every machine once."""
+    cells: list[_Cell] = []
+    for one in machines:
+        for axes in given or [_default_mesh(config, one)]:
+            with named(f"{one.name}, mesh {written(axes)}"):
+                cell = _cell(config, one, axes)
+            if not any(cell.machine == other.machine and cell.mesh == other.mesh for other in cells):
+                cells.append(cell)
+    return cells
+
+
+def _refused(cells: Sequence[_Cell], wanted: Sequence[str], teacher: ModelConfig | None) -> dict[tuple[int, str], str]:
+    """(place of a cell, stage) -> why that stage cannot run there.
+
+    A sweep goes on without it. What can run in no cell is a mistake in the config or in the only mesh, and raises.
+    """
+    why: dict[tuple[int, str], str] = {}
+    for place, cell in enumerate(cells):
+        for stage in wanted:
+            try:
+                work_of(stage, cell.config, teacher, cell.mesh)
+            except HypenetError as error:
+                why[place, stage] = str(error)
+    for stage in wanted:
+        if all((place, stage) in why for place in range(len(cells))):
+            first = cells[0]
+            with named(f"{stage} on {first.machine.name}, mesh {written(first.axes)}"):
+                raise HypenetError(why[0, stage])
+    return why
+
+
+def _without(stage: str, cell: _Cell, why: str) -> dict[str, Any]:
+    """The record of a stage that a cell cannot run."""
+    memory = cell.machine.chip.memory
+    return {
+        "stage": stage,
+        "machine": cell.machine.name,
+        "chips": cell.machine.chips,
+        "mesh": cell.axes,
+        "fits": False,
+        "refused": why,
+        "memory_bytes": memory and memory * GIB,
+        "steps": getattr(getattr(cell.config, stage, None), "steps", 0),
+    }
 
 
 def _cell(config: ConvertConfig | PretrainConfig, one: Machine, axes: dict[str, int]) -> _Cell:
@@ -167,6 +211,7 @@ def _numbers(
         "temporary_bytes": compiled.temporaries,
         "code_bytes": compiled.code,
         "total_bytes": compiled.total,
+        "little_room": compiled.tight,
         "traffic_bytes": compiled.traffic,
         "traffic_apart_bytes": compiled.apart,
         "largest": dict(compiled.largest),
@@ -203,15 +248,16 @@ def parsed_mesh(text: str) -> dict[str, int]:
 
 
 def _default_mesh(config: ConvertConfig | PretrainConfig, one: Machine) -> dict[str, int]:
-    """The config's mesh where it can multiply to the machine's chips, else one for the machine."""
+    """The config's mesh where it can multiply to the machine's chips and slices, else one for the machine."""
     check_axes(config.mesh)
-    known = math.prod(size for size in config.mesh.values() if size != -1)
-    rest = -1 in config.mesh.values()
-    if config.mesh and (one.chips % known == 0 if rest else one.chips == known):
+    rest = one.chips // math.prod(size for size in config.mesh.values() if size != -1)
+    sizes = {name: rest if size == -1 else size for name, size in config.mesh.items()}
+    slices = one.platform != "tpu" or sizes.get(SLICES, 1) == one.slices
+    if config.mesh and math.prod(sizes.values()) == one.chips and slices:
         return dict(config.mesh)
     if one.hosts > 1:
         # Rows are split over hosts, too.
         fsdp = max(1, min(one.chips // one.hosts, MOST_FSDP // one.hosts))
         tensor = one.chips // one.hosts // fsdp
         return {SLICES: one.hosts, "fsdp": fsdp} | ({"tensor": tensor} if tensor > 1 else {})
-    return dict(PRESETS.get(one.name) or spread(one.chips))
+    return preset(one.name) if one.slices > 1 or one.name in PRESETS else spread(one.chips)

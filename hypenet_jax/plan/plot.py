@@ -27,7 +27,8 @@ _PARTS = {"parameters": "#5a7fa8", "optimizer": "#33476b", "teacher": "#f2c14e",
 
 def write_plan(records: Sequence[dict[str, Any]], directory: pathlib.Path) -> pathlib.Path:
     """DIR/plan.html: memory and time of every record, and the table."""
-    figures = [memory_bars(records), time_bars(records)]
+    compiled = [record for record in records if "refused" not in record]
+    figures = [memory_bars(compiled), time_bars(compiled)]
     about = f"Compiled for machines that are not here, with JAX {jax.__version__}. Times are work over peak rates."
     return page(PLAN, directory, about, [COLUMNS, *rows(records)], [f for f in figures if f])
 

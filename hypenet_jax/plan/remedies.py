@@ -95,7 +95,8 @@ def remedy(
             continue
         tried.append(candidate.change)
         if not compiled.short:
-            return f"--set {candidate.change} fits ({compiled.total / 2**30:.1f} GiB; compiled)"
+            room = ", with little room: plan it with --full" if compiled.tight else ""
+            return f"--set {candidate.change} fits ({compiled.total / 2**30:.1f} GiB; compiled){room}"
         say(f"{candidate.change} is still short by {compiled.short / 2**30:.2f} GiB")
     if not tried:
         return "nothing that we know of divides it further: take more or larger chips"

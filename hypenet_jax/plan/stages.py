@@ -19,11 +19,10 @@ from hypenet_jax.halo.distill import distillation_loss
 from hypenet_jax.halo.finetune import next_token_loss
 from hypenet_jax.halo.precheck import section
 from hypenet_jax.halo.pretrain import network
-from hypenet_jax.halo.settings import ConvertConfig, EvaluateConfig, PretrainConfig
+from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
 from hypenet_jax.model import LanguageModel, ModelConfig
 from hypenet_jax.parallel.mesh import row_axes
 from hypenet_jax.parallel.rules import (
-    RULES,
     Rules,
     batch_sharding,
     param_shardings,
@@ -102,12 +101,12 @@ def work_of(stage: str, config: ConvertConfig | PretrainConfig, teacher: ModelCo
     if isinstance(config, PretrainConfig):
         if stage in SCRATCH:
             return _from_scratch(config, mesh)
-        return _inference(stage, scratch_model(config), config.evaluate, config.train, mesh)
+        return _inference(stage, scratch_model(config), config, config.train, mesh)
     assert teacher is not None
     if stage in TRAINING:
         return _training(stage, config, teacher, mesh)
     student = models(config, teacher)[1].with_logits_scaling(500.0)
-    return _inference(stage, student, config.evaluate, config.finetune, mesh)
+    return _inference(stage, student, config, config.finetune, mesh)
 
 
 def _training(name: str, config: ConvertConfig, teacher_config: ModelConfig, mesh: Mesh) -> Work:
@@ -150,14 +149,17 @@ def _step(name: str, loss: Any, stage: StageConfig, state: Any, frozen: Any, flo
     return Work(name, step, (state, frozen, batch), parts, flops * tokens, tokens, stage.steps)
 
 
-def _inference(name: str, model: LanguageModel, evaluate: EvaluateConfig, last: StageConfig, mesh: Mesh) -> Work:
+def _inference(
+    name: str, model: LanguageModel, config: ConvertConfig | PretrainConfig, last: StageConfig, mesh: Mesh
+) -> Work:
     """A step onto a cache as long as the longest needle test, or the rows of the last stage of training; one row for
     each group of devices that shares rows."""
     rows = math.prod(mesh.shape[axis] for axis in row_axes(mesh))
     shards = mesh.shape["seq"]
-    length = -(-max((*evaluate.lengths, last.seq_len)) // shards) * shards
+    length = -(-max((*config.evaluate.lengths, last.seq_len)) // shards) * shards
     width = min(PREFILL_CHUNK, length) if name == "prefill" else 1
-    weights = _weights(model, mesh)
+    with section("rules"):
+        weights = _weights(model, mesh, rules_of(config.rules))
     cache = _cache(model, rows, length, mesh)
     tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=batch_sharding(mesh) if width > 1 else None)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, cache)
@@ -176,7 +178,7 @@ def _all_lightning(config: ConvertConfig) -> ConvertConfig:
     return dataclasses.replace(config, student=dataclasses.replace(config.student, attention_layers=()))
 
 
-def _weights(model: LanguageModel, mesh: Mesh, rules: Rules = RULES) -> Any:
+def _weights(model: LanguageModel, mesh: Mesh, rules: Rules) -> Any:
     """Frozen weights in the compute dtype, divided as the rules say."""
     shapes = model.param_shapes()
     shardings = param_shardings(model.param_axes(), shapes, mesh, rules)

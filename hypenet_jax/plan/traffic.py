@@ -48,6 +48,9 @@ def _moved(program: Program, around: dict[str, Instruction], one: Instruction) -
     if one.opcode == "fusion":
         inside = program.computations[str(one.attribute("calls"))]
         return _fused(around, one, inside)
+    if one.opcode in ("send", "recv"):
+        # What a slice hands to its host is read once, what it gets back written once.
+        return sum(array.size for array in one.arrays[:1] if array.memory == 0)
     if one.opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * _main(one)
     if one.opcode in ("dynamic-update-slice", "scatter"):

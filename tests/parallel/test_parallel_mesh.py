@@ -53,6 +53,8 @@ def test_presets_multiply_to_the_chips_of_the_machine():
         kind, _, count = machine.partition("-")
         wanted = chips[machine] if not count else int(count) // (2 if kind == "v5p" else 1)
         assert math.prod(preset(machine).values()) == wanted, machine
-    assert preset("v5p-64", slices=2) == {"dcn": 2, "fsdp": 32}
-    with pytest.raises(HypenetError, match="'v9-1'.*v5e-16"):
-        preset("v9-1")
+    assert preset("2xv5p-64") == {"dcn": 2, "fsdp": 32}
+    assert preset("16xv5e-256") == {"dcn": 16, "fsdp": 32, "tensor": 8}
+    for name in ("v9-1", "1xv5e-16", "65xv5e-16", "2xv5e-17", "2xcpu8", "2x2xv5e-16"):
+        with pytest.raises(HypenetError, match=f"'{name}'.*v5e-16.*2 to 64 slices"):
+            preset(name)

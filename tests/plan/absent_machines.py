@@ -46,11 +46,11 @@ def run(*words):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
-def write_conversion(directory):
-    """A config of four layers with a teacher of sizes alone; its path."""
+def write_conversion(directory, layers=4, vocabulary=V):
+    """A config of four layers, or fewer, with a teacher of sizes alone; its path."""
     config = hn.ModelConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=128,
-        mixers=("attention",) * 4, eos_ids=(0,), pad_id=0, tie_embeddings=False,
+        vocab_size=vocabulary, hidden_size=D, intermediate_size=F, num_layers=layers, num_heads=4, num_kv_heads=2,
+        head_dim=128, mixers=("attention",) * layers, eos_ids=(0,), pad_id=0, tie_embeddings=False,
     )  # fmt: skip
     values = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **common_values(config)}
     (directory / "config.json").write_text(json.dumps(values))
@@ -72,5 +72,6 @@ def write_pretraining(directory):
 def layer_matrices(model):
     """Entries of each matrix of the layers; norms, even those of all heads, are small."""
     shapes = model.param_shapes()
-    leaves = [leaf for layer in range(4) for leaf in jax.tree.leaves(shapes[f"layer_{layer}"])]
+    layers = range(model.config.num_layers)
+    leaves = [leaf for layer in layers for leaf in jax.tree.leaves(shapes[f"layer_{layer}"])]
     return [leaf.size for leaf in leaves if leaf.size > 10_000]

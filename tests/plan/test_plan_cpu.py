@@ -101,14 +101,16 @@ def test_weights_travel_one_by_one_and_gradients_return_divided(config_file):
         (["--topology", "cpu8,cpu4", "--mesh", "fsdp=8"], "^hypenet: cpu4, mesh fsdp=8: mesh data=1 x fsdp=8"),
         (["--topology", "cpu8", "--mesh", "fsdp=8", "--mesh", "foo=8"], "^hypenet: cpu8, mesh foo=8: .*'foo' is unkn"),
         (["--topology", "cpu8", "--mesh", "fsdp=8,data=0"], "^hypenet: cpu8, mesh fsdp=8,data=0: .*has size 0"),
+        (["--topology", "65xv5e-16"], "topology '65xv5e-16' is no machine we know.*2 to 64 slices"),
+        (["--topology", "2xcpu8"], "topology '2xcpu8' is no machine"),
         (["--topology", "v5p-3"], "topology 'v5p-3' is no machine"),
         (["--topology", "cpu8", "--set", "mesh.fsdp=0"], "mesh axis 'fsdp' has size 0"),
         (["--topology", "cpu8", "--set", "mesh.foo=3"], "mesh axis 'foo' is unknown"),
         (["--topology", "cpu8", "--mesh", "fsdp=3"], "fsdp=3 x seq=1 x tensor=1 does not multiply to the 8 devices"),
         (["--topology", "cpu8", "--mesh", "fsdp"], "mesh 'fsdp' is not of the form axis=size"),
         (
-            ["--topology", "cpu4,cpu8", "--mesh", "fsdp=-1", "--set", "distill.batch_size=12"],
-            "distill on cpu8, mesh fsdp=8: .*do not divide over",
+            ["--topology", "cpu4,cpu8", "--mesh", "fsdp=-1", "--set", "distill.batch_size=6"],
+            "distill on cpu4, mesh fsdp=4: .*do not divide over",
         ),
         (["--topology", "cpu8", "--set", "teacher=nowhere"], "no model at nowhere.*qwen3-1.7b.*config.json"),
     ],
@@ -148,7 +150,7 @@ def test_a_compiler_does_not_keep_sigterm(monkeypatch):
     """libtpu takes the signal as it is loaded, and would print the stack of a plan that is stopped."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(machines.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(machines, "open_topology", lambda _: [signal.signal(signal.SIGTERM, signal.SIG_IGN)])
+    monkeypatch.setattr(machines, "open_topology", lambda *_, **__: [signal.signal(signal.SIGTERM, signal.SIG_IGN)])
     machines.open_devices(machine("v5e-16"))
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -157,6 +159,7 @@ def test_what_is_named_twice_is_compiled_once(config_file, monkeypatch):
     compiled = []
     monkeypatch.setattr(planning, "_record", lambda stage, cell, *_: compiled.append((stage, cell)) or {"stage": stage})
     monkeypatch.setattr(planning, "describe", str)
+    monkeypatch.setattr(planning, "describe_total", lambda _: "")
     monkeypatch.setattr(planning, "overview", str)
     words = ["--topology", "cpu8,cpu8", "--topology", "cpu8", "--mesh", "fsdp=8", "--mesh", "fsdp=8,seq=1"]
     assert main(["plan", "--config", str(config_file), *words, "--stages", "align", "decode", "align"]) == 0
@@ -185,6 +188,7 @@ def test_training_from_scratch_and_its_model_are_planned(config_file, tmp_path, 
     each = 2 * (6 * (attention + mlp) + 3.5 * 2 * 32 * 4 * 8) + 3 * 2 * 32 * 257
     assert train["flops"] == pytest.approx(each * 512 / 8)
     assert prefill["tokens_per_step"] == 4 * 32 and decode["tokens_per_step"] == 4
+    assert prefill["parts_bytes"]["parameters"] == decode["parts_bytes"]["parameters"] == held
 
 
 @pytest.mark.parametrize(
@@ -207,11 +211,15 @@ def test_the_rules_of_teacher_and_student_are_the_configs(config_file):
     work = work_of("distill", config, config_of(config.teacher), mesh)
     student, teacher = (work.parts[name]["layer_0"]["mlp"]["gate"] for name in ("parameters", "teacher"))
     assert (tuple(student.sharding.spec), tuple(teacher.sharding.spec)) == (("fsdp", None), (None, "tensor"))
+    # A run's evaluation holds the student as its training does.
+    weight = work_of("decode", config, config_of(config.teacher), mesh).parts["parameters"]["layer_0"]["mlp"]["gate"]
+    assert tuple(weight.sharding.spec) == ("fsdp", None)
     config = load_config(config_file, ["rules.mpl=()"])
-    with pytest.raises(
-        HypenetError, match="in config section 'rules': the sharding rule 'mpl' is used by no parameter"
-    ):
-        work_of("distill", config, config_of(config.teacher), mesh)
+    for stage in ("distill", "decode"):
+        with pytest.raises(
+            HypenetError, match="in config section 'rules': the sharding rule 'mpl' is used by no parameter"
+        ):
+            work_of(stage, config, config_of(config.teacher), mesh)
 
 
 def test_what_the_compiler_says_of_too_large_a_program():
@@ -249,6 +257,7 @@ def test_the_remedy_is_one_that_compiles(config_file):
         ("'v5e-256'", "v5e-256", None),
         ("{'tensor': 8}", "cpu8", {"data": 4, "fsdp": 2}),
         ("{}", "h100x16", None),
+        ("'2xv5e-16'", "2xv5e-16", None),
     ],
 )
 @pytest.mark.parametrize("stage", ["align", "finetune", "decode"])
@@ -294,6 +303,16 @@ def test_a_mesh_is_the_configs_where_it_fits_the_machine(config_file):
     assert planning._default_mesh(config, machine("v5e-8")) == {"fsdp": 8}
     rest = load_config(config_file, ["mesh.fsdp=-1", "mesh.tensor=2"])
     assert planning._default_mesh(rest, machine("v5e-8")) == {"fsdp": -1, "tensor": 2}
+    # Slices are an axis of the mesh: the config's where it has them, else the machine's.
+    assert planning._default_mesh(load_config(config_file, ["mesh.fsdp=32"]), machine("2xv5e-16")) == {
+        "dcn": 2, "fsdp": 16,
+    }  # fmt: skip
+    slices = load_config(config_file, ["mesh.dcn=-1", "mesh.tensor=8"])
+    assert planning._default_mesh(slices, machine("2xv5e-8")) == {"dcn": -1, "tensor": 8}
+    assert planning._default_mesh(slices, machine("4xv6e-4")) == {"dcn": 4, "fsdp": 4}
+    assert planning._default_mesh(load_config(config_file, ["mesh=2xv5p-64"]), machine("2xv5p-64")) == {
+        "dcn": 2, "fsdp": 32,
+    }  # fmt: skip
     # Rows of the stages divide over every machine's own mesh.
     for name in ("v5e-64", "v6e-256", "v5p-1024", "h100x64", "h200x256", "cpu64"):
         axes = planning._default_mesh(config, machine(name))

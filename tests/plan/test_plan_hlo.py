@@ -126,6 +126,41 @@ def test_the_tpu_compilers_ways_of_writing():
     }
 
 
+# Two slices of four: the program is that of one slice, and its host carries what crosses between them.
+SLICES = """HloModule jit_update, is_scheduled=true, num_partitions=4, frontend_attributes={x="0"}
+
+ENTRY %main (arg: f32[8,128]) -> f32[8,128] {
+  %arg = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce_0"}
+  %all-reduce.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%arg), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all-reduce.2 = f32[8,128]{1,0:T(8,128)} all-reduce(%all-reduce.1), channel_id=10, replica_groups={}, to_apply=%add
+  %send = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%all-reduce.2, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv-done = (f32[8,128]{1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  %sum = f32[8,128]{1,0:T(8,128)} get-tuple-element(%recv-done), index=0
+  %send.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%sum, %after-all), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv.1 = (f32[16,128]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.2 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%sum, %after-all), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_megascale_target={{100000->200000},{200000->100000}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  ROOT %send.3 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%sum, %after-all), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="a callback"}
+}
+"""  # noqa: E501
+
+
+def test_what_crosses_slices_is_sent_over_dcn():
+    program, size = Program(SLICES), 4.0 * 8 * 128
+    found = collectives(program, {"dcn": 2, "data": 1, "fsdp": 4, "seq": 1, "tensor": 1})
+    assert set(found) == {
+        Collective("all-reduce", ("fsdp",), 4, size, 2.0),
+        Collective("all-reduce", ("dcn",), 2, size, 1.0),
+        Collective("all-gather", ("dcn",), 2, 2 * size, 1.0),
+        Collective("collective-permute", ("dcn",), 2, size, 1.0),
+    }
+    assert total_sent(found)["dcn"] == 3 * size
+    # Two sums within the slice, four arrays handed over, an array and a gathered one that come back.
+    assert memory_traffic(program)[0] == (2 * 2 + 4 + 1 + 2) * size
+
+
 def test_memory_traffic_counts_operands_results_and_turns():
     def double(x):
         return jax.lax.fori_loop(0, 7, lambda _, y: jnp.cos(y), x)

@@ -118,15 +118,40 @@ def test_training_from_scratch_on_v5e_4(tmp_path):
     assert train["parts_bytes"]["optimizer"] == pytest.approx(2 * train["parts_bytes"]["parameters"], rel=0.01)
 
 
+def test_two_slices_sum_gradients_between_them(tmp_path):
+    file, config_file = tmp_path / "plan.json", write_pretraining(tmp_path)
+    words = ["--config", str(config_file), "--topology", "2xv5e-4", "--stages", "train"]
+    done = run(*words, "--mesh", "fsdp=8")
+    assert done.returncode == 2 and "the devices form 2 slices; make it 2" in done.stderr
+    done = run(*words, "--set", "model.num_layers=1", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    [record] = json.loads(file.read_text())
+    assert record["chips"] == 8 and record["mesh"] == {"dcn": 2, "fsdp": 4} and record["fits"]
+    assert {tuple(one["axes"]) for one in record["collectives"] if one["kind"] != "all-reduce"} == {("fsdp",)}
+    between = [one for one in record["collectives"] if one["axes"] == ["dcn"]]
+    assert between and all(one["devices"] == 2 for one in between)
+    # Each of the four chips of a slice sums its quarter with its like in the other: matrices in bfloat16; embedding and
+    # head in float32, 257 rows filled up to 4 x 68 and as columns to 384; 5 KiB for norms and counts.
+    matrices = 3 * 256 * 512 + 256 * 128 * (2 + 1 + 1 + 2)
+    wanted = (2 * matrices + 4 * 256 * (4 * 68 + 384)) / 4
+    assert wanted < sum(one["size"] * one["count"] for one in between) <= wanted + 5 * 1024
+    sent = sum(one["sent"] for one in between)
+    assert record["seconds"]["network"]["dcn"] == pytest.approx(sent / 3.125e9)
+
+
 LAY_OUT = """
 from hypenet_jax.parallel.mesh import make_mesh
-from hypenet_jax.parallel.presets import PRESETS
+from hypenet_jax.parallel.presets import PRESETS, preset
 from hypenet_jax.plan.machines import machine, open_devices, use_cpu
 use_cpu(1)
-for name, axes in {**PRESETS, "v5p-128": {"fsdp": 2, "seq": 32}}.items():
-    if machine(name).platform == "tpu":
-        mesh = make_mesh(axes, open_devices(machine(name)))
-        print(name, len(set(mesh.devices.flat)))
+tpus = [name for name in PRESETS if machine(name).platform == "tpu"]
+sizes = {name: preset(name) for name in (*tpus, *(f"2x{name}" for name in tpus))} | {"v5p-128": {"fsdp": 2, "seq": 32}}
+for name, axes in sizes.items():
+    mesh = make_mesh(axes, open_devices(machine(name)))
+    print(name, len(set(mesh.devices.flat)))
+    # No axis but dcn leaves a slice.
+    parts = mesh.devices if "dcn" in mesh.shape else [mesh.devices]
+    assert all(len({getattr(device, "slice_index", 0) for device in part.flat}) == 1 for part in parts), name
 """
 
 
@@ -135,4 +160,5 @@ def test_every_presets_mesh_lies_on_its_machine():
     done = subprocess.run([sys.executable, "-c", LAY_OUT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
     found = dict(line.split() for line in done.stdout.splitlines())
-    assert found["v5e-256"] == "256" and found["v5p-8"] == "4" and found["v5p-128"] == "64" and len(found) > 8
+    assert found["v5e-256"] == "256" and found["v5p-8"] == "4" and found["v5p-128"] == "64" and len(found) > 16
+    assert found["2xv5e-256"] == "512" and found["2xv5p-8"] == "8"
