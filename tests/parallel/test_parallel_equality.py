@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 
 import jax
@@ -53,6 +54,9 @@ CASES = [
     ("finetune", {"dcn": 2, "seq": 4}),
     ("distill", {"fsdp": 2, "seq": 2, "tensor": 2}),
 ]
+# HYPENET_EVERY_MESH=1: all of them, in 10 minutes on two cores.
+if os.environ.get("HYPENET_EVERY_MESH"):
+    CASES = list(itertools.product(STAGES, EVERY_MESH))
 
 
 def names(mesh):
