@@ -41,6 +41,11 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
+def said_once(say: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`say` on the process that prints, and silence on the others."""
+    return say if is_writer() else lambda _line: None
+
+
 def first(work: Callable[[], object]) -> None:
     """Process 0 does `work`, the others wait until it is done: what it wrote can then be read everywhere.
 

@@ -88,7 +88,7 @@ def bench_train(
         "config": dataclasses.asdict(config),
         "rows": [],
     }
-    say = say if processes.is_writer() else _nothing
+    say = processes.said_once(say)
     top = f"peak {peak['flops'] / 1e12:.4g} TFLOP/s a device ({peak['source']})"
     say(f"{mesh.size} x {result['device']}, {written(dict(mesh.shape))}; {top}")
     say("".join(name.ljust(width) for name, width in COLUMNS.items()).rstrip())
@@ -274,10 +274,6 @@ def _memory(compiled: Any, work: Work, mesh: Mesh) -> dict[str, Any]:
         "process_peak_bytes": max((stats.get("peak_bytes_in_use", 0) for stats in found), default=0) or None,
         "limit_bytes": max((stats.get("bytes_limit", 0) for stats in found), default=0) or None,
     }
-
-
-def _nothing(_line: str) -> None:
-    """What the other processes say."""
 
 
 def _count(tree: Any) -> int:

@@ -77,7 +77,7 @@ def scaling(
         raise HypenetError(f"steps is {steps}; it must be at least 1")
     cells = _cells(config, meshes, stage, weak)
     processes.first(lambda: check_places(SCALING, json_file, directory))
-    say = say if processes.is_writer() else _nothing
+    say = processes.said_once(say)
     records: list[dict[str, Any]] = []
     for cell in cells:
         if jax.process_index() in {device.process_index for device in cell.mesh.devices.flat}:
@@ -209,10 +209,6 @@ def _peak(mesh: Mesh) -> int | None:
     """The most memory that this process has had in use on one of its devices; None where a device keeps no count."""
     found = [device.memory_stats() or {} for device in mesh.local_devices]
     return max((stats.get("peak_bytes_in_use", 0) for stats in found), default=0) or None
-
-
-def _nothing(_line: str) -> None:
-    """What the other processes say."""
 
 
 def _check_sized(axes: dict[str, int]) -> None:
