@@ -22,6 +22,8 @@ from hypenet_jax.train.stage import FREE_FIELDS
 
 CONFIG, DATA = "config.json", "data"
 TEMPORARY = ".tmp"
+# The commands that write what a later one reads.
+WRITERS = {"select.json": "hypenet select", "fit_scale.json": "hypenet fit-scale"}
 # What may differ when a run continues: what is measured, on which devices, and how the same numbers are computed. A
 # stage that was stopped on its way refuses other workers itself, by the saved position of its data.
 FREE = (
@@ -102,7 +104,8 @@ def read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise HypenetError(f"{path} is missing; run the step that writes it first") from None
+        writer = f"`{WRITERS[path.name]}`" if path.name in WRITERS else "the step that writes it"
+        raise HypenetError(f"{path} is missing; run {writer} first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise HypenetError(f"{path} is not valid JSON ({error}); remove it and run its step again") from None
 

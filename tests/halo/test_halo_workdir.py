@@ -79,8 +79,10 @@ def test_a_kill_while_the_config_was_written(tmp_path):
 def test_results_are_read_or_explained(tmp_path):
     write_json(tmp_path / "deep" / "value.json", {"a": [1.5, None]})
     assert read_json(tmp_path / "deep" / "value.json") == {"a": [1.5, None]}
-    with pytest.raises(HypenetError, match=r"select\.json is missing; run the step"):
+    with pytest.raises(HypenetError, match=r"select\.json is missing; run `hypenet select` first"):
         read_json(tmp_path / "select.json")
+    with pytest.raises(HypenetError, match=r"other\.json is missing; run the step that writes it first"):
+        read_json(tmp_path / "other.json")
     (tmp_path / "half.json").write_text('{"a": ')
     with pytest.raises(HypenetError, match=r"half\.json is not valid JSON"):
         read_json(tmp_path / "half.json")
