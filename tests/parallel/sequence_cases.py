@@ -31,7 +31,9 @@ def over_seq(function, shards, operands, specs, out_specs):
     mesh = make_mesh({"seq": shards}, jax.devices()[:shards])
     specs = {name: specs[name] for name in operands}
     run = functools.partial(function, "seq")
-    return jax.shard_map(lambda local: run(**local), mesh=mesh, in_specs=(specs,), out_specs=out_specs)(operands)
+    mapped = jax.shard_map(lambda local: run(**local), mesh=mesh, in_specs=(specs,), out_specs=out_specs)
+    # One program: outside of jit every operation would be compiled by itself.
+    return jax.jit(mapped)(operands)
 
 
 def zigzag(x, shards):
