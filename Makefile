@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	@echo "open $(DEMO)/report/index.html in a browser; the student is in $(DEMO)/export"
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -98,12 +98,16 @@ def test_alignment_holds_one_layer_at_a_time(config_file, tmp_path):
     check_one_layer_of_alignment(record, 32 * 2048 // 16)
 
 
-def test_what_does_not_fit_is_said_with_what_to_change(config_file):
-    words = ["--set", "finetune.seq_len=65536", "--set", "finetune.batch_size=64", "--set", "remat=False"]
+def test_what_does_not_fit_is_said_with_what_to_change(tmp_path):
+    sets = ("finetune.seq_len=16384", "finetune.batch_size=512", "remat=False", "student.attention_layers=()")
+    words = [word for one in sets for word in ("--set", one)]
+    config_file = write_conversion(tmp_path, layers=1)
     done = run("--config", str(config_file), "--topology", "v5e-4", "--stages", "finetune", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "does not fit, by" in done.stdout and "of 15.75 GiB" in done.stdout
-    assert "what to change: --set " in done.stdout and "compiled)" in done.stdout
+    assert "remat=True is still short by" in done.stdout
+    assert "what to change: --set remat=True --set finetune.gradient_accumulation=" in done.stdout
+    assert "compiled)" in done.stdout
 
 
 def test_training_from_scratch_on_v5e_4(tmp_path):
