@@ -110,8 +110,8 @@ def _gather_gradients(call: Call, q, k, v, ids, factor, do, log_sum, inner):
         """Each shard's half-blocks, summed over what all shards found for them."""
         first, second = jnp.split(d_BSKD.reshape(d_BSKD.shape[0], 2 * shards, -1, *d_BSKD.shape[2:]), 2, axis=1)
         by_shard = jnp.stack([first, second[:, ::-1]], axis=2)  # [B, n, 2, T/2n, K, D]
-        # As rows: of more axes the TPU compiler may choose a layout in which no shard's part lies in one piece, and then
-        # sums everything everywhere.
+        # As rows: of more axes the TPU compiler may choose a layout in which no shard's part lies in one piece, and
+        # then sums everything everywhere.
         rows = jnp.moveaxis(by_shard, 1, 0).reshape(-1, k.shape[-1])
         return jax.lax.psum_scatter(rows, call.axis_name, scatter_dimension=0, tiled=True).reshape(k.shape)
 
