@@ -278,6 +278,25 @@ def _generate(arguments: argparse.Namespace) -> None:
     print_stream(ids, model.tokenizer, sys.stdout, after=prompt)
 
 
+def _answer(arguments: argparse.Namespace) -> None:
+    from hypenet_jax.inference.answers import answer
+
+    a = arguments
+    counts = answer(
+        a.model,
+        a.questions,
+        a.out,
+        max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature,
+        top_k=a.top_k,
+        top_p=a.top_p,
+        seed=a.seed,
+        batch_size=a.batch_size,
+        say=partial(print, flush=True),
+    )
+    print(f"{a.out}: {counts}")
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from hypenet_jax.halo.settings import ConvertConfig, PretrainConfig
     from hypenet_jax.plan.compile import FULL, QUICK
@@ -352,6 +371,7 @@ SINGLE: dict[str, Callable[[argparse.Namespace], None]] = {
     "report": _report,
     "qk-restore": _qk_restore,
     "generate": _generate,
+    "answer": _answer,
     "plan": _plan,
     "scaling": _scaling,
 }

@@ -80,6 +80,10 @@ COMMANDS = {
         "continue a prompt, streaming to the terminal",
         'hypenet generate runs/demo/export --prompt "def main" --max-new-tokens 64',
     ),
+    "answer": (
+        "answer questions as the assistant and write the conversations, for stage 3 to learn from",
+        "hypenet answer teachers/smollm2 questions.txt answers.jsonl --batch-size 32",
+    ),
 }
 PLAN_COMMANDS = ("plan", "scaling")
 RUN_COMMANDS = (
@@ -147,16 +151,25 @@ def parser() -> argparse.ArgumentParser:
     restore.add_argument("--method", choices=("copy", "procrustes"), default="copy")
     restore.add_argument("--layers", default="attention", help='"attention" (all of them), or numbers such as 2,3')
     _add_planning(added["plan"], added["scaling"])
-    generate = added["generate"]
-    generate.add_argument("model", help="Hugging Face directory, GGUF file or a stage's directory")
+    _add_decoding(added["generate"], added["answer"])
+    return whole
+
+
+def _add_decoding(generate: argparse.ArgumentParser, answer: argparse.ArgumentParser) -> None:
+    for command in (generate, answer):
+        command.add_argument("model", help="Hugging Face directory, GGUF file or a stage's directory")
     generate.add_argument("--prompt", required=True, help='the text to continue; "-" reads standard input')
     generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--seed", type=int, default=0)
+    answer.add_argument("questions", help='a .txt with one a line, or a .jsonl with "messages", answered anew')
+    answer.add_argument("out", help="the .jsonl to write; must not exist")
+    answer.add_argument("--max-new-tokens", type=int, default=256, help="answers that have not ended are left out")
+    for command in (generate, answer):
+        command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+        command.add_argument("--top-k", type=int)
+        command.add_argument("--top-p", type=float)
+        command.add_argument("--seed", type=int, default=0)
     generate.add_argument("--max-len", type=int, help="slots of the cache; by default as many as are needed")
-    return whole
+    answer.add_argument("--batch-size", type=int, default=64, help="questions answered at once")
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:

@@ -59,17 +59,21 @@ def parse_row(row: Mapping[str, Any], where: str) -> Conversation:
     Raises HypenetError, naming `where` and the field, for a field that would change what is written (tools, a system
     prompt beside the messages), unless it is null or empty.
     """
-    for name in (*_SYSTEM_FIELDS, *_TEMPLATE_FIELDS):
-        value = row.get(name)
-        if value is None or value == "" or value == [] or value == {}:
-            continue
-        if name in _SYSTEM_FIELDS:
-            raise HypenetError(f"{where} has the field {name!r}; write it as the first message, with the role system")
-        raise HypenetError(
-            f"{where} has the field {name!r}, which would change how the conversation is written and is not read; "
-            "remove it, or the line"
-        )
+    _check_fields(row, where)
     return parse_messages(row["messages"], where)
+
+
+def parse_question(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """The row's "messages" without what the assistant says after the user's last turn: what is to be answered.
+
+    Raises HypenetError as `parse_row` does, but an answer is not asked for: the user's last turn is.
+    """
+    _check_fields(row, where)
+    messages = _messages(row["messages"], where)
+    last = max((place for place, message in enumerate(messages) if message.role == "user"), default=None)
+    if last is None or not messages[last].content.strip():
+        raise HypenetError(f"{where} holds a conversation in which the user asks nothing; mend or remove it")
+    return messages[:last] + tuple(message for message in messages[last:] if message.role != "assistant")
 
 
 def parse_messages(value: Any, where: str) -> Conversation:
@@ -78,11 +82,7 @@ def parse_messages(value: Any, where: str) -> Conversation:
     Raises HypenetError, naming `where` and the message, for an empty conversation or one in which the assistant says
     nothing, unknown roles and keys, and content that is no text.
     """
-    if not isinstance(value, list):
-        raise HypenetError(f"{where} has 'messages' that are no list; mend or remove it")
-    messages = tuple(_message(entry, f"message {number} of {where}") for number, entry in enumerate(value, 1))
-    if not messages:
-        raise HypenetError(f"{where} holds an empty conversation; give it messages or remove it")
+    messages = _messages(value, where)
     if not any(message.role == "assistant" and message.content.strip() for message in messages):
         raise HypenetError(f"{where} holds a conversation in which the assistant says nothing; mend or remove it")
     return Conversation(messages, where)
@@ -113,8 +113,15 @@ def render(tokenizer: Tokenizer, messages: tuple[Message, ...], where: str, *, g
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a conversation that consists of one user turn, with the assistant's turn opened."""
-    messages = (Message("user", text),)
-    _check_special(tokenizer, messages, where := f"the prompt {text[:40]!r}")
+    return encode_messages(tokenizer, (Message("user", text),), f"the prompt {text[:40]!r}")
+
+
+def encode_messages(tokenizer: Tokenizer, messages: tuple[Message, ...], where: str) -> list[int]:
+    """Ids of the messages with the assistant's turn opened: what the model is given when it answers.
+
+    Raises HypenetError for a message that spells a special token, and as `render` does.
+    """
+    _check_special(tokenizer, messages, where)
     return tokenizer.encode(render(tokenizer, messages, where, generation_prompt=True), special_tokens=True)
 
 
@@ -156,6 +163,28 @@ def encode_conversation(tokenizer: Tokenizer, conversation: Conversation) -> tup
         ids.append(tokenizer.eos_id)
         written.append(not ended)
     return ids, written
+
+
+def _check_fields(row: Mapping[str, Any], where: str) -> None:
+    for name in (*_SYSTEM_FIELDS, *_TEMPLATE_FIELDS):
+        value = row.get(name)
+        if value is None or value == "" or value == [] or value == {}:
+            continue
+        if name in _SYSTEM_FIELDS:
+            raise HypenetError(f"{where} has the field {name!r}; write it as the first message, with the role system")
+        raise HypenetError(
+            f"{where} has the field {name!r}, which would change how the conversation is written and is not read; "
+            "remove it, or the line"
+        )
+
+
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise HypenetError(f"{where} has 'messages' that are no list; mend or remove it")
+    messages = tuple(_message(entry, f"message {number} of {where}") for number, entry in enumerate(value, 1))
+    if not messages:
+        raise HypenetError(f"{where} holds an empty conversation; give it messages or remove it")
+    return messages
 
 
 def _message(entry: Any, where: str) -> Message:

@@ -15,6 +15,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from hypenet_jax.data.chat import Conversation, parse_row
 from hypenet_jax.data.retrieval import retrieval_documents
@@ -95,6 +96,34 @@ def source_identity(spec: str | os.PathLike[str]) -> str | None:
     return digest.hexdigest()
 
 
+def read_text(file: pathlib.Path) -> str:
+    """The contents of a text file; HypenetError where they are no UTF-8 text."""
+    contents = file.read_bytes()
+    try:
+        text = contents.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise HypenetError(f"source file {str(file)!r} is no UTF-8 text (byte {error.start}); convert it") from error
+    if "\0" in text:
+        raise HypenetError(f"source file {str(file)!r} is binary (it holds a zero byte); give text")
+    return text
+
+
+def read_rows(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
+    """(value, the line it stands in, in words) of each line of a .jsonl or .jsonl.gz file; empty lines are left out.
+
+    Raises HypenetError, naming the line, for broken JSON and a broken archive.
+    """
+    number = 0
+    try:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.isspace():
+                    where = f"line {number} of source file {str(file)!r}"
+                    yield _row(line, where), where
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise HypenetError(f"source file {str(file)!r} is broken after line {number} ({error}); restore it") from error
+
+
 def is_synthetic(source: str) -> bool:
     """Whether a source makes its documents: "retrieval:...", pages of random facts and what was asked of them."""
     return source.partition(":")[0] == "retrieval"
@@ -156,41 +185,22 @@ def _files_texts(source: str) -> Iterator[str | Conversation]:
         if file.stat().st_size == 0:
             raise HypenetError(f"source file {str(file)!r} is empty; fill or remove it")
         if file.name.endswith(TEXT_SUFFIXES):
-            yield _text_file(file)
+            yield read_text(file)
         elif file.suffix == ".parquet":
             yield from _parquet_texts(file)
         else:
-            yield from _jsonl_texts(file)
+            for row, where in read_rows(file):
+                yield _row_text(row, where)
 
 
-def _text_file(file: pathlib.Path) -> str:
-    contents = file.read_bytes()
+def _row(line: bytes, where: str) -> Any:
     try:
-        text = contents.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise HypenetError(f"source file {str(file)!r} is no UTF-8 text (byte {error.start}); convert it") from error
-    if "\0" in text:
-        raise HypenetError(f"source file {str(file)!r} is binary (it holds a zero byte); give text")
-    return text
-
-
-def _jsonl_texts(file: pathlib.Path) -> Iterator[str | Conversation]:
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.isspace():
-                    yield _jsonl_text(file, number, line)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise HypenetError(f"source file {str(file)!r} is broken after line {number} ({error}); restore it") from error
-
-
-def _jsonl_text(file: pathlib.Path, number: int, line: bytes) -> str | Conversation:
-    where = f"line {number} of source file {str(file)!r}"
-    try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
         raise HypenetError(f"{where} is broken json ({error}); mend or remove it") from error
+
+
+def _row_text(row: Any, where: str) -> str | Conversation:
     if isinstance(row, dict) and "messages" in row:
         if "text" in row:
             raise HypenetError(f"{where} has both 'text' and 'messages'; keep one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from hypenet_jax.data.pack_meta import META, read_meta
@@ -14,28 +15,41 @@ _CROSS_ENTROPY = "next-token cross-entropy"
 
 
 def data(found: dict[str, Any], workdir: pathlib.Path) -> str:
-    """The sources, the sizes of both packs, and how much of the training pack the stages read."""
-    settings = (found["config"] or {}).get("data")
+    """The sources, the sizes of the packs, and how much of each the stages read."""
+    config = found["config"] or {}
+    settings, own = config.get("data"), config.get("finetune_sources") or ()
     if not settings:
         return ""
-    lines = ["- sources: " + ", ".join(f"`{source}`" for source in settings["sources"])]
+    lines = ["- sources: " + _quoted(settings["sources"])]
+    if own:
+        lines.append("- sources of stage finetune: " + _quoted(own))
     if settings.get("heldout"):
-        lines.append("- held out: " + ", ".join(f"`{source}`" for source in settings["heldout"]))
+        lines.append("- held out: " + _quoted(settings["heldout"]))
     else:
         lines.append(
             f"- held out: a share of {settings['heldout_share']:g} of the documents, chosen by their beginnings"
         )
-    for name, words in (("train", "to train on"), ("heldout", "held out")):
-        packed = next(
-            (one for one in (workdir / "data" / name, *_packs(settings, name)) if (one / META).is_file()), None
-        )
+    tokens = {name: records[-1].get("tokens") or 0 for name, records in found["stages"].items()}
+    alone = {name: tokens.pop(name) for name in ("finetune",) if own and name in tokens}
+    packs: tuple[tuple[str, str, Sequence[str], dict[str, int]], ...] = (
+        ("train", "to train on", settings["sources"], tokens),
+        ("finetune", "of stage finetune", own, alone),
+        ("heldout", "held out", settings["heldout"], {}),
+    )
+    for name, words, sources, read in packs:
+        places = (workdir / "data" / name, *map(pathlib.Path, sources))
+        packed = next((place for place in places if (place / META).is_file()), None)
         if packed is None:
             continue
         info = read_meta(packed)
         lines.append(f"- {words}: {info.tokens:,} tokens of {info.documents:,} documents")
-        if name == "train" and found["stages"]:
-            lines.append(_read(found, info.tokens))
+        if read:
+            lines.append(_read(read, info.tokens))
     return section("Data", "\n".join(lines))
+
+
+def _quoted(sources: Sequence[str]) -> str:
+    return ", ".join(f"`{source}`" for source in sources)
 
 
 def stages(found: dict[str, Any], workdir: pathlib.Path) -> str:
@@ -121,17 +135,11 @@ def _begun(stage: pathlib.Path) -> dict[str, Any]:
     return {} if latest is None else read_object(latest) or {}
 
 
-def _read(found: dict[str, Any], packed: int) -> str:
-    """How many tokens the stages have read, which is neither the pack nor bounded by it."""
-    tokens = {name: records[-1].get("tokens") or 0 for name, records in found["stages"].items()}
+def _read(tokens: dict[str, int], packed: int) -> str:
+    """How many tokens the stages have read of a pack, which is neither the pack nor bounded by it."""
     parts = ", ".join(f"{name} {tokens[name]:,}" for name in sorted(tokens, key=lambda name: ordered(name, STAGES)))
     total = sum(tokens.values())
     return f"- trained on: {total:,} tokens ({parts}), {total / packed:.3g} times the text to train on"
-
-
-def _packs(settings: dict[str, Any], name: str) -> list[pathlib.Path]:
-    """Sources that may be packed tokens already."""
-    return [pathlib.Path(source) for source in settings["sources" if name == "train" else "heldout"]]
 
 
 def _learning_rate(settings: dict[str, Any]) -> str:

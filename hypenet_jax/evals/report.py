@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -166,18 +167,32 @@ def ordered(name: str, order: tuple[str, ...]) -> tuple[int, str]:
 
 
 def _teacher_of(config: dict[str, Any] | None, student: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The teacher's own config.json where it can be read, else what conversion leaves as it was in the student."""
+    """The teacher's own config where it can be read, else what conversion leaves as it was in the student."""
     if not config or "teacher" not in config:
         return None
     teacher = {"name": str(config["teacher"])}
-    own = pathlib.Path(teacher["name"]) / "config.json"
-    if own.is_file():
-        return teacher | summary(read_object(own) or {})
+    own = _own_config(pathlib.Path(teacher["name"]).expanduser())
+    if own is not None:
+        return teacher | summary(own)
     if student is None:
         return teacher
     kept = ("layers", "width", "ffn", "heads", "kv_heads", "head_dim", "vocabulary", "tied_head", "rope_theta")
     shared = {fact: student.get(fact) for fact in kept}
     return teacher | shared | {"mixers": ["attention"] * len(student["mixers"])}
+
+
+def _own_config(teacher: pathlib.Path) -> dict[str, Any] | None:
+    """What a directory's config.json or a GGUF file's metadata say; None where nothing, or an unreadable file, is."""
+    if not teacher.is_file():
+        return read_object(teacher / "config.json")
+    # Imported here: only a GGUF file needs the hub, whose import is slow.
+    from hypenet_jax.hub import read_config
+    from hypenet_jax.model.serialize import config_to_dict
+
+    # The page is about the work directory: a teacher that has become unreadable does not keep it from being written.
+    with contextlib.suppress(HypenetError, OSError):
+        return config_to_dict(read_config(teacher))
+    return None
 
 
 def _student_of(select: dict[str, Any] | None, config: dict[str, Any] | None) -> dict[str, Any] | None:

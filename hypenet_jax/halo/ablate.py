@@ -169,7 +169,7 @@ class Bench:
         run, seed = self.run, self.run.config.seed + number
         align, distill = steps_of(study, variant, run.config.ablate)
         each = stage_of(run.config, "distill", distill, variant).tokens_per_step
-        start = corpus.stage_tokens(run.config.align) + number * (align + distill) * each
+        start = corpus.stage_start(run.config, "distill") + number * (align + distill) * each
         found: dict[str, Any] = {"align": []}
         if study.aligns:
             student, params = transferred(run, self.layers, variant.start, seed)

@@ -261,7 +261,7 @@ class _Students:
     def _one(self, layers: tuple[int, ...]) -> dict[str, Any]:
         run, name = self._run, _name(layers)
         flags_L = np.isin(np.arange(self._num_layers), layers)
-        start = corpus.stage_tokens(run.config.align)
+        start = corpus.stage_start(run.config, "distill")
         joined, workers = run.config.data.documents == "joined", run.config.data.workers
         batches = corpus.stage_batches(run.text, self._stage, start, run.config.seed, workers, run.mesh, joined=joined)
         with timed(self._directory.parent, f"student {name}"):

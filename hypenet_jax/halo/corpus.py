@@ -17,7 +17,7 @@ from hypenet_jax.data.sources import Document, is_synthetic, read_documents
 from hypenet_jax.data.teacher_rows import TeacherRows
 from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.settings import DataConfig, EvaluateConfig
+from hypenet_jax.halo.settings import ConvertConfig, DataConfig, EvaluateConfig
 from hypenet_jax.parallel.processes import first, own_rows
 from hypenet_jax.parallel.rules import batch_sharding
 from hypenet_jax.train.stage import StageConfig
@@ -37,24 +37,10 @@ def packed_corpus(
     A source may also be a directory that `hypenet pack` wrote: it is read where it lies, alone, and the held-out
     documents must then have a source of their own.
     """
-    ready = _ready(config.sources, tokenizer)
-    if ready and not config.heldout:
-        raise HypenetError(
-            f"data.sources is the packed {config.sources[0]}, from which nothing can be held out; name data.heldout"
-        )
-    if not ready and not (directory / "train").is_dir():
-        say(f"packing {', '.join(config.sources)}")
-    share = 0.0 if config.heldout else config.heldout_share
+    _check_heldout(config, "data.sources", config.sources)
     prose = natural_prose(config.heldout or config.sources)
-    kept = ready or _packed(
-        config.sources,
-        lambda text: not is_heldout(text, share),
-        f"every document falls into the held-out share of {share:g}; lower data.heldout_share or give more of them",
-        f"without the held-out {share:g}",
-        tokenizer,
-        directory / "train",
-        config.seed,
-    )
+    kept = _training(config, config.sources, tokenizer, directory / "train", say)
+    share = _share(config)
     held = (_ready(prose, tokenizer) if config.heldout else None) or _packed(
         prose,
         lambda text: bool(config.heldout) or is_heldout(text, share),
@@ -70,6 +56,55 @@ def packed_corpus(
         f"with {len(held):,} tokens of {held.info.documents:,} held out"
     )
     return kept, held
+
+
+def finetune_corpus(
+    config: DataConfig,
+    sources: tuple[str, ...],
+    tokenizer: Tokenizer,
+    directory: pathlib.Path,
+    say: Callable[[str], None],
+) -> PackedTokens:
+    """The tokens of stage 3's own sources, packed under `directory` without what `packed_corpus` holds out."""
+    _check_heldout(config, "finetune_sources", sources)
+    packed = _training(config, sources, tokenizer, directory / "finetune", say)
+    say(f"stage finetune on {len(packed):,} tokens of {packed.info.documents:,} documents")
+    return packed
+
+
+def _training(
+    config: DataConfig,
+    sources: tuple[str, ...],
+    tokenizer: Tokenizer,
+    directory: pathlib.Path,
+    say: Callable[[str], None],
+) -> PackedTokens:
+    """The sources' documents, packed into `directory` without the held-out share, or the pack that they are."""
+    ready = _ready(sources, tokenizer)
+    if ready is not None:
+        return ready
+    if not directory.is_dir():
+        say(f"packing {', '.join(sources)}")
+    share = _share(config)
+    return _packed(
+        sources,
+        lambda text: not is_heldout(text, share),
+        f"every document falls into the held-out share of {share:g}; lower data.heldout_share or give more of them",
+        f"without the held-out {share:g}",
+        tokenizer,
+        directory,
+        config.seed,
+    )
+
+
+def _share(config: DataConfig) -> float:
+    return 0.0 if config.heldout else config.heldout_share
+
+
+def _check_heldout(config: DataConfig, name: str, sources: tuple[str, ...]) -> None:
+    """Raise HypenetError where a share is to be held out of a pack."""
+    if not config.heldout and (packs := _packs(sources)):
+        raise HypenetError(f"{name} is the packed {packs[0]}, from which nothing can be held out; name data.heldout")
 
 
 def natural_prose(sources: tuple[str, ...]) -> tuple[str, ...]:
@@ -89,12 +124,16 @@ def natural_prose(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 def _ready(sources: tuple[str, ...], tokenizer: Tokenizer) -> PackedTokens | None:
     """The packed tokens that the one source is, or None where the sources are documents."""
-    packs = [source for source in sources if (pathlib.Path(source) / META).is_file()]
+    packs = _packs(sources)
     if not packs:
         return None
     if len(sources) > 1:
         raise HypenetError(f"the packed {packs[0]} stands beside other sources; pack them all into one directory")
     return PackedTokens(packs[0], tokenizer)
+
+
+def _packs(sources: tuple[str, ...]) -> list[str]:
+    return [source for source in sources if (pathlib.Path(source) / META).is_file()]
 
 
 def _packed(
@@ -157,6 +196,14 @@ def stage_batches(
 def stage_tokens(stage: StageConfig) -> int:
     """Tokens that a whole stage reads."""
     return stage.steps * stage.tokens_per_step
+
+
+def stage_start(config: ConvertConfig, name: str) -> int:
+    """The token of its text at which a stage begins: where the one before ended, unless it has a text of its own."""
+    if name == "finetune" and config.finetune_sources:
+        return 0
+    before = {"align": (), "distill": (config.align,), "finetune": (config.align, config.distill)}
+    return sum(map(stage_tokens, before[name]))
 
 
 def long_documents(heldout: PackedTokens, length: int, count: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def align(run: Run) -> dict:
     num_layers = student.config.num_layers
     mixers = mixers_of(params, num_layers)
     axes = mixers_of(student.param_axes(), num_layers)
-    return _train(run, "align", alignment_loss(run.teacher, student), student, mixers, axes, run.frozen, start_token=0)
+    return _train(run, "align", alignment_loss(run.teacher, student), student, mixers, axes, run.frozen)
 
 
 def select_layers(run: Run) -> tuple[int, ...]:
@@ -97,15 +97,15 @@ def select_layers(run: Run) -> tuple[int, ...]:
 def distill(run: Run) -> dict:
     """Stage 2. Returns the student's parameters after it."""
     student, params = start_student(run)
-    chunk, axes, start = run.config.distill.token_chunk, student.param_axes(), corpus.stage_tokens(run.config.align)
+    chunk, axes = run.config.distill.token_chunk, student.param_axes()
     if run.config.teacher_output == LIVE:
         loss = distillation_loss(run.teacher, student, chunk, dataclasses.asdict(run.config.objective))
-        return _train(run, "distill", loss, student, params, axes, run.frozen, start)
+        return _train(run, "distill", loss, student, params, axes, run.frozen)
     beside = teacher_cache.rows_for(pathlib.Path(run.config.teacher_output), _teacher_output(run))
     loss = cached_distillation_loss(run.teacher, student, chunk, beside.output.form)
     head = "embedding" if run.teacher.config.tie_embeddings else "lm_head"
     frozen = {head: run.teacher_params[head].astype(run.config.dtype)} if beside.output.form == "hidden" else None
-    return _train(run, "distill", loss, student, params, axes, frozen, start, beside)
+    return _train(run, "distill", loss, student, params, axes, frozen, beside)
 
 
 def cache_teacher(run: Run, form: str = "hidden", k: int | None = None) -> pathlib.Path:
@@ -136,7 +136,7 @@ def cache_teacher(run: Run, form: str = "hidden", k: int | None = None) -> pathl
 def _teacher_output(run: Run, top_k: int | None = None) -> TeacherOutput:
     """What the output of this run's teacher for stage 2 is."""
     made_by = teacher_cache.fingerprint(run.teacher, run.teacher_params)
-    start = corpus.stage_tokens(run.config.align)
+    start = corpus.stage_start(run.config, "distill")
     return teacher_cache.output_of(run.teacher, made_by, run.text, run.config.distill, start, top_k)
 
 
@@ -144,9 +144,8 @@ def finetune(run: Run) -> dict:
     """Stage 3. Returns the student's parameters after it."""
     student = student_of(run)
     params = finished(run, "distill")
-    start = corpus.stage_tokens(run.config.align) + corpus.stage_tokens(run.config.distill)
     loss = next_token_loss(student, run.config.finetune.token_chunk)
-    return _train(run, "finetune", loss, student, params, student.param_axes(), None, start)
+    return _train(run, "finetune", loss, student, params, student.param_axes(), None)
 
 
 def fit(run: Run) -> float:
@@ -223,14 +222,13 @@ def restored_kl(run: Run, mixers: dict, seed: int, costs: dict | None = None) ->
     )
 
 
-def _train(
-    run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, start_token: int, beside=None
-) -> dict:
+def _train(run: Run, name: str, loss, student: LanguageModel, params, axes, frozen, beside=None) -> dict:
     stage: StageConfig = getattr(run.config, name)
     completions = name == "finetune" and run.config.finetune_loss == "completions"
     seed, workers = run.config.seed, run.config.data.workers
     joined = run.config.data.documents == "joined"
-    batches = corpus.stage_batches(run.text, stage, start_token, seed, workers, run.mesh, completions, beside, joined)
+    text, start = run.text_of(name), corpus.stage_start(run.config, name)
+    batches = corpus.stage_batches(text, stage, start, seed, workers, run.mesh, completions, beside, joined)
     with timed(run.workdir, name):
         trained, _ = train(
             name=name,

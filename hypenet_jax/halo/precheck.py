@@ -53,13 +53,20 @@ def check_gate(config: ConvertConfig, mesh: Mesh) -> None:
         next(read_documents(config.select.gate.retrieval))
 
 
-def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, heldout: PackedTokens) -> None:
+def check_text(
+    config: ConvertConfig,
+    tokenizer: Tokenizer,
+    text: PackedTokens,
+    heldout: PackedTokens,
+    finetune_text: PackedTokens | None = None,
+) -> None:
     """Raise HypenetError where a stage, a probe, the fit or the evaluation asks for text that there is not."""
+    read = {"align": text, "distill": text, "finetune": finetune_text or text}
     for name in STAGES:
         with section(name):
-            corpus.stage_batches(text, getattr(config, name), 0, config.seed, config.data.workers)
+            corpus.stage_batches(read[name], getattr(config, name), 0, config.seed, config.data.workers)
     if config.finetune_loss == "completions":
-        _check_completions(config, text)
+        _check_completions(config, read["finetune"])
     if measures(config) and not searches(config):
         with section("select"):
             probes(config.select, tokenizer, heldout, config.seed)
@@ -71,11 +78,12 @@ def check_text(config: ConvertConfig, tokenizer: Tokenizer, text: PackedTokens, 
 def _check_completions(config: ConvertConfig, text: PackedTokens) -> None:
     """Raise HypenetError where stage 3 is to learn what an assistant wrote, and reads nothing of the kind."""
     if text.info.chat_template is None:
+        sources = "finetune_sources" if config.finetune_sources else "data.sources"
         raise HypenetError(
-            "finetune_loss is 'completions' but data.sources hold no conversation to train on; add more with messages, "
+            f"finetune_loss is 'completions' but {sources} hold no conversation to train on; add more with messages, "
             "or use 'all'"
         )
-    start = corpus.stage_tokens(config.align) + corpus.stage_tokens(config.distill)
+    start = corpus.stage_start(config, "finetune")
     batches = corpus.stage_batches(text, config.finetune, start, config.seed, 0, completions=True)
     if not batches.learns():
         read = corpus.stage_tokens(config.finetune)

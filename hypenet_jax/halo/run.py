@@ -44,11 +44,16 @@ class Run:
     reporter: ReporterLike
     command: str | None = None  # what does the whole run again, for the model card
     seconds: float = 0.0  # what opening took
+    finetune_text: PackedTokens | None = None  # stage 3's own; None: it goes on in `text`
 
     @property
     def tokenizer(self):
         """The teacher's tokenizer; `open_run` has checked that there is one."""
         return self.teacher.tokenizer
+
+    def text_of(self, stage: str) -> PackedTokens:
+        """The text that a stage reads, from `corpus.stage_start` on."""
+        return (self.finetune_text if stage == "finetune" else None) or self.text
 
     @property
     def frozen(self) -> dict:
@@ -72,9 +77,12 @@ def open_run(
         teacher, params = spread(config, mesh, teacher, params, config.teacher_rules)
     path = claim(workdir, config)
     text, heldout = corpus.packed_corpus(config.data, tokenizer, path / DATA, reporter.message)
-    precheck.check_text(config, tokenizer, text, heldout)
+    own = None
+    if config.finetune_sources:
+        own = corpus.finetune_corpus(config.data, config.finetune_sources, tokenizer, path / DATA, reporter.message)
+    precheck.check_text(config, tokenizer, text, heldout, own)
     opened = time.monotonic() - start
-    return Run(config, path, mesh, teacher, params, text, heldout, reporter, command, opened)
+    return Run(config, path, mesh, teacher, params, text, heldout, reporter, command, opened, own)
 
 
 def spread(

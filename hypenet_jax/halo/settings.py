@@ -290,6 +290,7 @@ class ConvertConfig:
     distill: StageConfig
     finetune: StageConfig
     finetune_loss: str = "all"  # "completions": of conversations only what the assistant says counts
+    finetune_sources: tuple[str, ...] = ()  # text of its own for stage 3; empty: it goes on in data.sources
     objective: ObjectiveConfig = ObjectiveConfig()  # of stage 2
     student: StudentConfig = StudentConfig()
     select: SelectConfig = SelectConfig()

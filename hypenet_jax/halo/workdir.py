@@ -40,6 +40,12 @@ FREE = (
     *(f"{stage}.{field}" for stage in ("align", "distill", "finetune", "train") for field in FREE_FIELDS),
 )
 
+# What a step alone reads may differ until it has begun: what it leaves in the directory, and its settings.
+BEFORE = {
+    "finetune": ("finetune", "finetune_loss", "finetune_sources"),
+    "fit_scale.json": ("fit_scale",),
+}
+
 
 def claim(
     directory: str | os.PathLike, config: Any, free: tuple[str, ...] = FREE, *, lasting: bool = True
@@ -47,9 +53,9 @@ def claim(
     """Make the directory this config's own, or continue in it when it already is.
 
     lasting: False leaves the config of a run that has begun as it is, for callers that have more to check first.
-    Sections and fields in `free` may differ from an earlier run's; before any step has run everything may. Raises
-    HypenetError when the directory holds something else, or a run of another config (naming the first field that
-    differs).
+    Sections and fields in `free` may differ from an earlier run's, and those of `BEFORE` until their step has begun;
+    before any step has run everything may. Raises HypenetError when the directory holds something else, or a run of
+    another config (naming the first field that differs).
     """
     check_local(directory, "the work directory")
     path = pathlib.Path(directory)
@@ -69,7 +75,8 @@ def _claim(path: pathlib.Path, config: Any, free: tuple[str, ...], lasting: bool
     begun = held - {CONFIG, DATA}
     if before and begun:
         before = _with_defaults(type(config), before)
-        changed = configs.differences(before, wanted, free)
+        later = tuple(field for left, fields in BEFORE.items() if left not in begun for field in fields)
+        changed = configs.differences(before, wanted, (*free, *later))
         if changed:
             raise HypenetError(f"the work directory {path} belongs to another run: {changed[0]}; choose another")
     if lasting or not begun:

@@ -93,9 +93,12 @@ def existing(path: str | os.PathLike[str]) -> Path:
     return source
 
 
-def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
-    """The config of a Hugging Face directory alone; raises HypenetError as `load` does."""
-    return _config_and_tensors(Path(directory).expanduser())[0]
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a Hugging Face directory or a GGUF file alone; raises HypenetError as `load` does."""
+    source = Path(path).expanduser()
+    if source.is_file():
+        return gguf_model.read_config(gguf_model.GgufFile(source))
+    return _config_and_tensors(source)[0]
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Any, where: str) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 
+import gguf
 import numpy as np
 import pytest
 
@@ -164,6 +165,51 @@ def test_gathered_numbers_are_those_of_the_files(workdir):
     assert (row["correct"], row["total"], row["accuracy"]) == (9, 12, 0.75)
     assert (row["low"], row["high"]) == wilson(9, 12)
     assert [r["model"] for r in found["accuracy"][::3]] == ["teacher", "student", "student_unscaled"] * 2
+
+
+def write_gguf_config(path):
+    """A GGUF file as far as a config reads it: the sizes, and the embedding, whose rows are the vocabulary."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(4)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_tensor("token_embd.weight", np.zeros((37, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def gguf_teacher(workdir, tmp_path):
+    """The GGUF file that the work directory's config names as its teacher."""
+    write_gguf_config(tmp_path / "teacher.gguf")
+    write(workdir, "config.json", {"teacher": str(tmp_path / "teacher.gguf")})
+    export = json.loads((workdir / "export/config.json").read_text())
+    write(workdir, "export/config.json", export | {"attn_use_rope": False, "attn_use_output_gate": True})
+    return tmp_path / "teacher.gguf"
+
+
+def test_a_gguf_teacher_has_facts_of_its_own(workdir, gguf_teacher):
+    text = check_page(report.write_report(workdir))
+    assert "<td>RoPE in attention layers</td><td>yes</td><td>no</td>" in text
+    assert "<td>Output gate of attention</td><td>no</td><td>yes</td>" in text
+    # Before the export nothing but the teacher knows its sizes.
+    (workdir / "export/config.json").unlink()
+    assert report.gather(workdir)["teacher"]["ffn"] == 96
+
+
+@pytest.mark.parametrize("left", [None, 100, 0])
+def test_a_gguf_teacher_that_cannot_be_read_costs_its_facts_alone(workdir, gguf_teacher, left):
+    if left is None:
+        gguf_teacher.unlink()
+    else:
+        gguf_teacher.write_bytes(gguf_teacher.read_bytes()[:left])
+    text = check_page(report.write_report(workdir))
+    assert "<td>RoPE in attention layers</td><td>–</td><td>no</td>" in text
+    assert "<td>Width</td><td>64</td><td>64</td>" in text
 
 
 @pytest.mark.parametrize(

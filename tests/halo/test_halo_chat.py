@@ -54,12 +54,13 @@ def config(convert_config):
 
 def test_only_stage_3_learns_completions(config, packed, tiny, tmp_path, monkeypatch):
     seen = {}
+    monkeypatch.setattr(corpus, "stage_start", lambda config, name: 0)
     monkeypatch.setattr(pipeline, "train", lambda *, name, batches, **_: (seen.setdefault(name, next(batches)), 0))
     model, params = tiny
     mesh = make_mesh(None, jax.devices()[:1])
     run = Run(config, tmp_path, mesh, model, params, packed, packed, None)
     for name in ("align", "distill", "finetune"):
-        pipeline._train(run, name, None, model, params, model.param_axes(), None, 0)
+        pipeline._train(run, name, None, model, params, model.param_axes(), None)
     # Three stages with the same rows: only the last leaves the prompts out.
     assert (seen["distill"]["loss_mask"] == seen["align"]["loss_mask"]).all()
     learned, targets = seen["finetune"]["loss_mask"], seen["finetune"]["targets"]
@@ -68,7 +69,7 @@ def test_only_stage_3_learns_completions(config, packed, tiny, tmp_path, monkeyp
     assert 0 < learned.sum() < seen["distill"]["loss_mask"].sum()
     run = dataclasses.replace(run, config=dataclasses.replace(config, finetune_loss="all"))
     seen.clear()
-    pipeline._train(run, "finetune", None, model, params, model.param_axes(), None, 0)
+    pipeline._train(run, "finetune", None, model, params, model.param_axes(), None)
     assert b"user:" in bytes(seen["finetune"]["targets"][seen["finetune"]["loss_mask"]].clip(0, 255).tolist())
 
 
@@ -79,6 +80,11 @@ def test_completions_need_conversations(config, documents_file, packed, tmp_path
         precheck.check_text(config, TOKENIZER, plain, plain)
     config = dataclasses.replace(config, select=dataclasses.replace(config.select, method="evenly"))
     precheck.check_text(config, TOKENIZER, packed, plain)
+    # Conversations of stage 3's own do as well, and those of the other stages do not.
+    config = dataclasses.replace(config, finetune_sources=("chats.jsonl",))
+    precheck.check_text(config, TOKENIZER, plain, plain, packed)
+    with pytest.raises(HypenetError, match="'completions' but finetune_sources hold no conversation"):
+        precheck.check_text(config, TOKENIZER, packed, plain, plain)
 
 
 def test_stage_3_needs_something_to_learn(config, documents_file, tmp_path):

@@ -53,6 +53,21 @@ def test_named_held_out_sources_lose_their_pages_too(documents_file, rows, tmp_p
         assert again.directory == held.directory
 
 
+def test_stage_3_has_a_text_of_its_own_without_what_is_held_out(documents_file, rows, tmp_path):
+    said, data = [], DataConfig((PAGES, str(documents_file)), heldout_share=0.3)
+    _, held = packs(tmp_path, *data.sources, heldout_share=0.3)
+    for _ in range(2):
+        own = corpus.finetune_corpus(data, (str(documents_file),), TOKENIZER, tmp_path, said.append)
+    assert sorted([*texts(own), *texts(held)]) == sorted(rows)
+    assert pathlib.Path(own.directory) == tmp_path / "finetune"
+    assert [line.split()[0] for line in said] == ["packing", "stage", "stage"]
+    with pytest.raises(HypenetError, match="finetune_sources is the packed .*, from which nothing can be held out"):
+        corpus.finetune_corpus(data, (str(own.directory),), TOKENIZER, tmp_path / "b", said.append)
+    named = DataConfig((PAGES,), heldout=(str(documents_file),))
+    again = corpus.finetune_corpus(named, (str(own.directory),), TOKENIZER, tmp_path / "b", said.append)
+    assert again.directory == own.directory and not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("settings", [{}, {"heldout": ("retrieval:5",)}])
 def test_pages_alone_leave_nothing_to_measure_on(settings, tmp_path):
     with pytest.raises(HypenetError, match="all synthetic; add prose to data.sources or name data.heldout"):

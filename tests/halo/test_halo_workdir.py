@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.settings import ConvertConfig, DataConfig, EvaluateConfig
+from hypenet_jax.halo.settings import ConvertConfig, DataConfig, EvaluateConfig, FitScaleConfig
 from hypenet_jax.halo.workdir import claim, made_by, read_json, timed, write_json
 from hypenet_jax.train.stage import StageConfig
 
@@ -68,6 +68,26 @@ def test_before_the_first_step_everything_may_change(tmp_path):
     (tmp_path / "data").mkdir()
     claim(tmp_path, dataclasses.replace(CONFIG, seed=7))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 7
+
+
+def test_what_a_step_reads_may_change_until_it_has_begun(tmp_path, contents):
+    claim(tmp_path, CONFIG)
+    for name in ("align", "distill"):
+        (tmp_path / name).mkdir()
+    longer = dataclasses.replace(CONFIG, finetune=dataclasses.replace(STAGE, seq_len=128))
+    chats = dataclasses.replace(longer, finetune_loss="completions", finetune_sources=("chats.jsonl",))
+    for config in (longer, chats):
+        claim(tmp_path, config)
+        assert read_json(tmp_path / "config.json")["finetune"]["seq_len"] == 128
+    earlier = dataclasses.replace(chats, distill=dataclasses.replace(STAGE, steps=70))
+    refused(tmp_path, earlier, "another run: distill.steps was 100 and is 70", contents)
+    (tmp_path / "finetune").mkdir()
+    refused(tmp_path, CONFIG, "another run: finetune.seq_len was 128 and is 64", contents)
+    refused(tmp_path, longer, "another run: finetune_loss was completions and is all", contents)
+    shorter = dataclasses.replace(chats, fit_scale=FitScaleConfig(length=64))
+    claim(tmp_path, shorter)
+    (tmp_path / "fit_scale.json").write_text("{}")
+    refused(tmp_path, chats, "another run: fit_scale.length was 64", contents)
 
 
 def test_a_kill_while_the_config_was_written(tmp_path):

@@ -35,6 +35,7 @@ def test_parameters_and_config(tmp_path, name):
     model, loaded = hub.load(path)
     assert_same_bits(loaded, params)
     assert model.config == dataclasses.replace(config, bos_id=None, eos_ids=(), pad_id=None)
+    assert hub.read_config(path) == model.config
     assert model.tokenizer is None
 
 
