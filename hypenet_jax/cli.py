@@ -225,13 +225,13 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
+    from hypenet_jax import hub
     from hypenet_jax.data.packing import pack
     from hypenet_jax.data.sources import read_documents
-    from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
     from hypenet_jax.halo.corpus import packed_corpus
     from hypenet_jax.halo.settings import DataConfig
 
-    tokenizer = byte_tokenizer() if arguments.tokenizer == "bytes" else load_tokenizer(arguments.tokenizer)
+    tokenizer = hub.tokenizer_of(arguments.tokenizer)
     if arguments.heldout_share is not None:
         data = DataConfig(sources=tuple(arguments.sources), heldout_share=arguments.heldout_share, seed=arguments.seed)
         packed_corpus(data, tokenizer, pathlib.Path(arguments.out), print)

@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     added["import"].add_argument("directory", help="the Hugging Face directory to write")
     added["import"].add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     added["pack"].add_argument("sources", nargs="+", help="files, folders, or built-in sources such as stdlib")
-    added["pack"].add_argument("--tokenizer", default="bytes", help='"bytes", or a directory with a tokenizer.json')
+    added["pack"].add_argument("--tokenizer", default="bytes", help='"bytes", a model directory or a GGUF file')
     added["pack"].add_argument("--out", required=True, help="the directory to write")
     added["pack"].add_argument("--seed", type=int, default=0, help="order of the documents")
     added["pack"].add_argument(

@@ -85,9 +85,12 @@ def _scaling(found: dict[str, Any]) -> str:
     fitted = found["fit_scale"]
     if not fitted:
         return ""
+    a, lost = f"a = {fitted['a']:g}", fitted.get("tolerance")
+    if lost:
+        a += f" (the smallest that loses at most {lost:g} nats against the best, {fitted['best']:g})"
     return section(
         "Attention scaling",
-        f"a = {fitted['a']:g}, fitted on {fitted['documents']} held-out documents of {fitted['length']:,} tokens: loss "
+        f"{a}, fitted on {fitted['documents']} held-out documents of {fitted['length']:,} tokens: loss "
         f"{number(min(fitted['loss']), '.4f')} at the best of the grid, {number(fitted['loss_unscaled'], '.4f')} "
         "without scaling.",
     )

@@ -212,6 +212,11 @@ def _scaling(found: dict[str, Any]) -> str:
     )
     losses = [loss for loss in fit["loss"] if loss is not None]
     rows = [["Fitted a", f"{fit['a']:.4g}"]] if fit.get("a") is not None else []
+    if fit.get("tolerance"):
+        rows += [
+            ["Best a by loss", f"{fit['best']:.4g}"],
+            ["Loss given up for a smaller a, at most", f"{fit['tolerance']:g}"],
+        ]
     rows += [["Lowest loss of the grid, nats per token", f"{min(losses):.4f}"]]
     if fit.get("loss_unscaled") is not None:
         rows.append(["Loss unscaled, nats per token", f"{fit['loss_unscaled']:.4f}"])

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hypenet_jax import hub
 from hypenet_jax.data.packing import PackedTokens
-from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
+from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.evals import niah, perplexity, suite
 from hypenet_jax.evals.comparison import is_of
 from hypenet_jax.evals.niah_samples import NiahSample
@@ -55,7 +56,7 @@ def compare(config: ComparisonConfig, directory: str | os.PathLike, reporter: Re
     """
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
-    tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+    tokenizer = hub.tokenizer_of(config.tokenizer)
     groups = trainings(config, tokenizer)
     check_rows(config.train, mesh)
     path = claim(directory, config, FREE, lasting=False)
@@ -201,8 +202,9 @@ def measure(
     """
     fit = None
     if variant.scaling == "fit":
-        windows = material.fit_windows
-        fit = fit_scale(model, params, windows, config.fit_scale.grid, config.fit_scale.batch_size, between)
+        wanted = config.fit_scale
+        rest = (wanted.batch_size, between, wanted.tolerance)
+        fit = fit_scale(model, params, material.fit_windows, wanted.grid, *rest)
         model = model.with_logits_scaling(fit["a"])
     elif variant.scaling == "constant":
         model = model.with_logits_scaling(LogitsScaling("constant", variant.constant))

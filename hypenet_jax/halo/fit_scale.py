@@ -28,12 +28,15 @@ def fit_scale(
     grid: Sequence[float],
     batch_size: int = 1,
     between: Callable[[], None] = lambda: None,
+    tolerance: float = 0.0,
 ) -> dict:
     """Mean next-token loss over windows int32 [N, T+1] for every a of the grid, and without scaling.
 
-    Returns {"a", "grid", "loss", "loss_unscaled", "length", "documents"}; "a" is the grid's best, refined by the
-    vertex of the parabola through it and its two neighbours in ln(a). A grid whose best is at its end is followed
-    further (`widened`); the grid returned is all that was tried. a is traced: one compilation serves the grid.
+    Returns {"a", "best", "tolerance", "grid", "loss", "loss_unscaled", "length", "documents"}. "best" is the grid's
+    best, refined by the vertex of the parabola through it and its two neighbours in ln(a); "a" is that, or with a
+    tolerance (nats a token) the smallest a that loses no more than it against the grid's best (`sharpest`). A grid
+    whose best is at its end is followed further (`widened`); the grid returned is all that was tried. a is traced: one
+    compilation serves the grid.
     `between` is called before each a, where a run may be stopped. Raises HypenetError for a loss that is not finite.
     """
     # The training-time network, whatever scaling the config carries.
@@ -59,9 +62,12 @@ def fit_scale(
 
     grid, losses = widened(grid, loss)
     unscaled = _finite(loss(UNSCALED), "without scaling")
+    # Four digits: the loss is flat around its minimum, and configs and checkpoints show the number.
+    best, sharp = (float(f"{a:.4g}") for a in (vertex(grid, losses), sharpest(grid, losses, tolerance)))
     return {
-        # Four digits: the loss is flat around its minimum, and configs and checkpoints show the number.
-        "a": float(f"{vertex(grid, losses):.4g}"),
+        "a": min(best, sharp) if tolerance else best,
+        "best": best,
+        "tolerance": tolerance,
         "grid": grid,
         "loss": losses,
         "loss_unscaled": unscaled,
@@ -99,6 +105,21 @@ def _finite(loss: float, words: str) -> float:
             "last losses, or change fit_scale.grid"
         )
     return loss
+
+
+def sharpest(grid: Sequence[float], losses: Sequence[float], tolerance: float) -> float:
+    """The smallest a up to which, from the best of a sorted grid downwards, the loss stays within tolerance of it.
+
+    Between two grid points the loss is taken as linear in ln(a). It ends at the grid's first point.
+    """
+    point = int(np.argmin(losses))
+    bound = losses[point] + tolerance
+    while point > 0 and losses[point - 1] <= bound:
+        point -= 1
+    if point == 0:
+        return float(grid[0])
+    share = (bound - losses[point]) / (losses[point - 1] - losses[point])
+    return float(grid[point] * (grid[point - 1] / grid[point]) ** share)
 
 
 def vertex(grid: Sequence[float], losses: Sequence[float]) -> float:

@@ -156,7 +156,8 @@ def fit(run: Run) -> float:
         with timed(run.workdir, "fit_scale"):
             windows = corpus.long_documents(run.heldout, settings.length, settings.documents)
             between = partial(stop_if_asked, run.reporter.message, "fit_scale")
-            fitted = fit_scale(student, params, windows, settings.grid, settings.batch_size, between)
+            rest = (settings.batch_size, between, settings.tolerance)
+            fitted = fit_scale(student, params, windows, settings.grid, *rest)
             write_json(path, fitted)
     fitted = read_json(path)
     run.reporter.message(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from hypenet_jax import hub
-from hypenet_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
+from hypenet_jax.data.tokenizers import Tokenizer
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.report import write_report
@@ -41,7 +41,7 @@ def pretrain(
     """
     mesh = make_mesh(config.mesh or None)
     check_compute_dtype(config.dtype)
-    tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+    tokenizer = hub.tokenizer_of(config.tokenizer)
     model = LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, tokenizer, config.exchange)
     trained = model.with_logits_scaling(None)
     check_rows(config.train, mesh)

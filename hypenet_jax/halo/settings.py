@@ -160,14 +160,21 @@ class SelectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FitScaleConfig:
-    """The grid on which the `a` of s_t = ln(t+a)/ln(a) is fitted, by loss on long held-out documents."""
+    """The grid on which the `a` of s_t = ln(t+a)/ln(a) is fitted, by loss on long held-out documents.
+
+    tolerance: nats a token that the loss may end above its best for a smaller a, which sharpens attention more: needles
+    are found best there (docs/method.md). 0 is the paper's fit.
+    """
 
     grid: tuple[float, ...] = (10, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1500, 2000, 5000)
     length: int = 65536
     documents: int = 8
     batch_size: int = 1
+    tolerance: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.tolerance < math.inf:
+            raise HypenetError(f"fit_scale.tolerance is {self.tolerance}; it must be a number of 0 or above")
         if len(set(self.grid)) < 3 or not all(1 < a < math.inf for a in self.grid):
             raise HypenetError(f"fit_scale.grid is {self.grid}; it needs at least three values, all above 1 and finite")
         check_positive("fit_scale", self, "length", "documents", "batch_size")
@@ -363,7 +370,7 @@ class PretrainConfig:
     model: NetworkConfig
     data: DataConfig
     train: StageConfig
-    tokenizer: str = "bytes"  # "bytes", or a directory or file with a tokenizer.json
+    tokenizer: str = "bytes"  # "bytes", a model directory, a tokenizer.json or a GGUF file
     start_from: str | None = None  # a model of the same sizes to start from, instead of random parameters
     start_share: float = 1.0  # how much of its matrices is kept; the rest is the random start (shrink and perturb)
     evaluate: EvaluateConfig = EvaluateConfig()

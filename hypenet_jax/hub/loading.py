@@ -13,6 +13,7 @@ from hypenet_jax.errors import HypenetError
 from hypenet_jax.hub import gguf_model, params
 from hypenet_jax.hub.config_json import token_id, token_ids
 from hypenet_jax.hub.families import FAMILIES, family_of
+from hypenet_jax.hub.gguf_tokenizer import read_tokenizer
 from hypenet_jax.hub.layout import Tensor
 from hypenet_jax.hub.params import Place
 from hypenet_jax.hub.weights_in import StoredWeights, open_weights, read_json
@@ -99,6 +100,22 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     if source.is_file():
         return gguf_model.read_config(gguf_model.GgufFile(source))
     return _config_and_tensors(source)[0]
+
+
+def tokenizer_of(name: str) -> Any:
+    """The data.tokenizers.Tokenizer that configs and commands name: "bytes", a model directory, its tokenizer.json, or
+    a GGUF file; raises HypenetError where there is none."""
+    from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
+
+    path = Path(name).expanduser()
+    if name == "bytes":
+        return byte_tokenizer()
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return load_tokenizer(path)
+    found = read_tokenizer(gguf_model.GgufFile(path).metadata, str(path))
+    if found is None:
+        raise HypenetError(f"{path} holds no tokenizer; give a model directory or a tokenizer.json")
+    return found
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Any, where: str) -> None:

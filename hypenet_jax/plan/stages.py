@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hypenet_jax.data.tokenizers import byte_tokenizer, load_tokenizer
+from hypenet_jax import hub
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.halo import select, transfer
 from hypenet_jax.halo.align import alignment_loss, mixers_of
@@ -82,7 +82,7 @@ def trained_student(name: str, config: ConvertConfig, teacher: ModelConfig) -> L
 
 def scratch_model(config: PretrainConfig) -> LanguageModel:
     """The model that `hypenet pretrain` trains from scratch, its tokenizer read for the size of its vocabulary."""
-    tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+    tokenizer = hub.tokenizer_of(config.tokenizer)
     return LanguageModel(network(config.model, tokenizer), config.dtype, config.remat, exchange=config.exchange)
 
 

@@ -11,6 +11,7 @@ from hypenet_jax.cli import main
 from hypenet_jax.evals.card import run_card
 from hypenet_jax.evals.card_training import objective
 from hypenet_jax.evals.intervals import wilson
+from hypenet_jax.evals.report import write_report
 from hypenet_jax.halo.workdir import read_json
 from hypenet_jax.hub.card import CARD, front_matter, is_ours
 
@@ -85,6 +86,19 @@ def test_what_was_not_done_is_absent(finished, tmp_path):
     for absent in ("Needles", "Perplexity", "finetune (", "```bash", "license", "None", "nan"):
         assert absent not in text
     assert "distill (" in text and "## Attention scaling" in text
+
+
+def test_a_sharper_a_than_the_best_is_told(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy, ignore=lambda _, names: {*names} & {"export"})
+    fitted = read_json(copy / "fit_scale.json")
+    (copy / "fit_scale.json").write_text(json.dumps(fitted | {"a": 15.0, "best": 20.0, "tolerance": 0.01}))
+    text = run_card(copy, hn.load(finished / "export")[0].config, "float32")
+    sharper = "a = 15 (the smallest that loses at most 0.01 nats against the best, 20), fitted on 3 held-out documents"
+    assert sharper in text
+    page = write_report(copy).read_text()
+    assert "Best a by loss" in page and "Loss given up for a smaller a, at most" in page
+    assert "Best a by loss" not in (finished / "report" / "index.html").read_text()
 
 
 def test_export_evaluate_and_an_edited_card(finished, convert_config, tmp_path, capsys):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import hypenet_jax as hn
 from hypenet_jax.errors import HypenetError
-from hypenet_jax.halo.fit_scale import WIDEST, fit_scale, vertex, widened
+from hypenet_jax.halo.fit_scale import WIDEST, fit_scale, sharpest, vertex, widened
+from hypenet_jax.halo.settings import FitScaleConfig
 
 GRID = (3.0, 50.0, 1.5, 400.0)
 
@@ -48,6 +49,44 @@ def test_every_loss_is_that_of_the_scaled_model(student, fitted):
 def test_a_is_the_vertex_of_the_grid(fitted):
     found = fitted[1]
     assert found["a"] == pytest.approx(vertex(found["grid"], found["loss"]), rel=1e-3)
+
+
+def test_a_tolerance_takes_the_sharpest_a_that_the_loss_does_not_mind(student, fitted):
+    windows, plain = fitted
+    assert plain["best"] == plain["a"] and plain["tolerance"] == 0
+    low, high = min(plain["loss"]), plain["loss"][0]
+    found = fit_scale(*student, windows, GRID, batch_size=2, tolerance=(high - low) / 2)
+    assert (found["best"], found["loss"]) == (plain["best"], plain["loss"]) and found["grid"][0] < found["a"] < found[
+        "best"
+    ]
+    assert found["a"] == pytest.approx(sharpest(found["grid"], found["loss"], (high - low) / 2), rel=1e-3)
+    # The network that is scaled by it loses what was allowed, up to the line between two points of the grid.
+    model, params = student
+    loss = direct(model.with_logits_scaling(found["a"]), params, windows)
+    assert low < loss == pytest.approx((low + high) / 2, abs=0.3 * (high - low))
+
+
+def test_the_sharpest_within_a_tolerance():
+    grid, losses = [2.0, 8.0, 32.0, 128.0], [4.0, 2.0, 1.0, 1.5]
+    assert sharpest(grid, losses, 0.0) == 32.0 and sharpest(grid, losses, 0.5) == pytest.approx(16.0)
+    assert sharpest(grid, losses, 1.0) == pytest.approx(8.0) and sharpest(grid, losses, 2.0) == pytest.approx(4.0)
+    assert sharpest(grid, losses, 3.0) == sharpest(grid, losses, 9.0) == 2.0
+    # A dip beyond a rise that is too high does not count.
+    assert sharpest(grid, [1.0, 5.0, 1.0, 2.0], 0.0) == 2.0
+    assert sharpest(grid, [1.1, 5.0, 1.0, 2.0], 1.0) == pytest.approx(32 / 4**0.25)
+
+
+@pytest.mark.parametrize("tolerance", [-0.01, math.inf, math.nan])
+def test_a_tolerance_out_of_range_is_refused(tolerance):
+    with pytest.raises(HypenetError, match=f"fit_scale.tolerance is {tolerance}; it must be a number of 0 or above"):
+        FitScaleConfig(tolerance=tolerance)
+
+
+@given(st.floats(0, 5), st.floats(0, 5), st.lists(st.floats(0, 9), min_size=3, max_size=7))
+def test_more_tolerance_never_gives_a_larger_a(one, other, losses):
+    grid = [3.0 * 2**i for i in range(len(losses))]
+    small, large = (sharpest(grid, losses, tolerance) for tolerance in sorted((one, other)))
+    assert grid[0] <= large <= small * (1 + 1e-12) <= grid[int(np.argmin(losses))] * (1 + 1e-9)
 
 
 def test_the_best_of_the_grid_wins():

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypenet_jax import hub
+from hypenet_jax.cli import main
+from hypenet_jax.data.packing import PackedTokens
 from hypenet_jax.errors import HypenetError
 from hypenet_jax.hub.gguf_rope import divisors, recover_scaling
 from hypenet_jax.model import RopeScaling
@@ -26,6 +28,20 @@ WIDE = {
 def written(tmp_path, config, **options):
     params = random_params(config)
     return write_gguf(tmp_path / "m.gguf", config, stored_tensors(config, params), **options), params
+
+
+def test_a_corpus_is_packed_with_its_tokenizer(tmp_path, capsys):
+    path, _ = written(tmp_path, WIDE["llama"])
+    tokenizer = hub.load(path)[0].tokenizer
+    assert hub.tokenizer_of(str(path)) == tokenizer
+    (tmp_path / "text.txt").write_text("cat cat's cat")
+    packing = ["pack", str(tmp_path / "text.txt"), "--tokenizer", str(path), "--out"]
+    assert main([*packing, str(tmp_path / "packed")]) == 0
+    ids = PackedTokens(tmp_path / "packed", tokenizer).slice(0, 3)[0]
+    assert list(ids) == tokenizer.encode("cat cat's cat")[:3]
+    bare, _ = written(tmp_path, WIDE["llama"], pre=None)
+    assert main([*packing, str(tmp_path / "other")]) == 2
+    assert f"{bare} holds no tokenizer; give a model directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PLAIN)
