@@ -7,11 +7,11 @@ Where ../shared/corpus (41M tokens of English text in three Parquet files) is ab
 `--set 'data.sources=["text/", "retrieval:16000:max_chars=1500:styles=facts"]' --set 'data.heldout=["heldout/"]'`, the
 held-out one with some documents of more than 16,384 tokens.
 
-Measured on one H100 with seed 1 (jax 0.11.2, 2026-11-23; docs/results/smollm2-135m has three more runs): 1,282 s from the command to its
-end, with nothing compiled before and `compare-architectures` on the same GPU for the first 5.5 minutes; seed 0, on
-other retrieval pages, took 1,153 s. tokens/s are the medians of the lines of metrics.jsonl; a step's minutes are
-run.json's, with compiling, checkpoints and reading data, "training" of them tokens over tokens/s. GFLOP a token:
-hypenet_jax/plan/flops.py.
+Measured on one H100 with seed 1 (jax 0.11.2, 2026-11-23; docs/results/smollm2-135m, with three more runs): 1,282 s from
+the command to its end, with nothing compiled before and `compare-architectures` on the same GPU for the first 5.5
+minutes; seed 0, on other retrieval pages, took 1,153 s. tokens/s are the medians of the lines of metrics.jsonl; a
+step's minutes are run.json's, with compiling, checkpoints and reading data, "training" of them tokens over tokens/s.
+GFLOP a token: hypenet_jax/plan/flops.py.
 
     step        tokens    rows x length  steps  GFLOP/token  tokens/s  training  minutes
     start                                                                          1.3   teacher, packing
@@ -75,9 +75,9 @@ def get_config():
     )
     config.student = dict(position="hype", start="calibrated", qk_norm=True)
     shared = dict(warmup_steps=50, log_every=20, checkpoint_every=350)
-    # The mean square of the teacher's mixers goes from 0.015 (layer 0) to 66 (layer 24), and a global clip was thought to
-    # let the loud layers decide how fast the quiet ones learn. Measured since: with the clip at 1 all learn better, by
-    # 12% (decision 0021). It stays at what the whole runs had.
+    # The mean square of the teacher's mixers goes from 0.015 (layer 0) to 66 (layer 24), and a global clip was thought
+    # to let the loud layers decide how fast the quiet ones learn. Measured since: with the clip at 1 all learn better,
+    # by 12% (decision 0021). It stays at what the whole runs had.
     quiet = dict(clip_norm=100.0, eps=1e-12)
     config.align = dict(steps=1000, batch_size=64, seq_len=512, peak_lr=2e-3, end_lr=1e-4, **quiet, **shared)
     config.select = dict(method="kl-ls", questions=64, length=1024, batch_size=16, answer_budget=32)
