@@ -303,14 +303,17 @@ def _samples(found: dict[str, Any]) -> str:
     # The same prompt's continuations stand together.
     prompts = list(dict.fromkeys(str(s.get("prompt", "")) for s in samples))
     blocks, colours = [], _colours(found)
+    between, about = "", "Greedy continuations; the prompt in grey."
+    if ((found["config"] or {}).get("evaluate") or {}).get("chat"):
+        between, about = "<br>", "Greedy answers; the user's turn in grey."
     for sample in sorted(samples, key=lambda s: prompts.index(str(s.get("prompt", "")))):
         model, prompt = str(sample.get("model", "model")), str(sample.get("prompt", ""))
-        shown = prompt if len(prompt) <= 700 else f"… {prompt[-700:]}"
+        shown = f'<span class="prompt">{escape(prompt if len(prompt) <= 700 else f"… {prompt[-700:]}")}</span>'
         blocks.append(
             f'<div class="sample" style="--c:{colours[model]}"><div class="who">{escape(model_name(model))}</div>'
-            f'<p><span class="prompt">{escape(shown)}</span>{escape(str(sample.get("text", "")))}</p></div>'
+            f"<p>{shown}{between}{escape(str(sample.get('text', '')))}</p></div>"
         )
-    return section("Samples", '<p class="about">Greedy continuations; the prompt in grey.</p>', *blocks)
+    return section("Samples", f'<p class="about">{about}</p>', *blocks)
 
 
 def _colours(found: dict[str, Any]) -> dict[str, str]:

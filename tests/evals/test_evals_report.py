@@ -124,6 +124,16 @@ def check_page(path):
     return text
 
 
+def test_an_answer_stands_below_its_question(workdir):
+    before = report.write_report(workdir).read_text()
+    assert "Once &lt;upon&gt;</span> a &amp; time" in before and "Greedy continuations" in before
+    write(workdir, "config.json", {"teacher": "models/Tiny-1B", "evaluate": {"chat": True}})
+    page = report.write_report(workdir)
+    check_page(page)
+    assert "Once &lt;upon&gt;</span><br> a &amp; time" in page.read_text()
+    assert "Greedy answers" in page.read_text() and "Greedy answers" not in before
+
+
 def figures(text):
     return set(re.findall(r'aria-label="([^"]*)"', text))
 
