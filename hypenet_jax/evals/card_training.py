@@ -30,9 +30,10 @@ def data(found: dict[str, Any], workdir: pathlib.Path) -> str:
             f"- held out: a share of {settings['heldout_share']:g} of the documents, chosen by their beginnings"
         )
     tokens = {name: records[-1].get("tokens") or 0 for name, records in found["stages"].items()}
-    alone = {name: tokens.pop(name) for name in ("finetune",) if own and name in tokens}
+    alone = {name: read for name, read in tokens.items() if own and name == "finetune"}
+    shared = {name: read for name, read in tokens.items() if name not in alone}
     packs: tuple[tuple[str, str, Sequence[str], dict[str, int]], ...] = (
-        ("train", "to train on", settings["sources"], tokens),
+        ("train", "to train on", settings["sources"], shared),
         ("finetune", "of stage finetune", own, alone),
         ("heldout", "held out", settings["heldout"], {}),
     )

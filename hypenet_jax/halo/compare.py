@@ -202,9 +202,8 @@ def measure(
     """
     fit = None
     if variant.scaling == "fit":
-        wanted = config.fit_scale
-        rest = (wanted.batch_size, between, wanted.tolerance)
-        fit = fit_scale(model, params, material.fit_windows, wanted.grid, *rest)
+        wanted, windows = config.fit_scale, material.fit_windows
+        fit = fit_scale(model, params, windows, wanted.grid, wanted.batch_size, between, wanted.tolerance)
         model = model.with_logits_scaling(fit["a"])
     elif variant.scaling == "constant":
         model = model.with_logits_scaling(LogitsScaling("constant", variant.constant))

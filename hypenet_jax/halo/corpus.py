@@ -37,9 +37,8 @@ def packed_corpus(
     A source may also be a directory that `hypenet pack` wrote: it is read where it lies, alone, and the held-out
     documents must then have a source of their own.
     """
-    _check_heldout(config, "data.sources", config.sources)
     prose = natural_prose(config.heldout or config.sources)
-    kept = _training(config, config.sources, tokenizer, directory / "train", say)
+    kept = _training(config, "data.sources", config.sources, tokenizer, directory / "train", say)
     share = _share(config)
     held = (_ready(prose, tokenizer) if config.heldout else None) or _packed(
         prose,
@@ -66,22 +65,24 @@ def finetune_corpus(
     say: Callable[[str], None],
 ) -> PackedTokens:
     """The tokens of stage 3's own sources, packed under `directory` without what `packed_corpus` holds out."""
-    _check_heldout(config, "finetune_sources", sources)
-    packed = _training(config, sources, tokenizer, directory / "finetune", say)
+    packed = _training(config, "finetune_sources", sources, tokenizer, directory / "finetune", say)
     say(f"stage finetune on {len(packed):,} tokens of {packed.info.documents:,} documents")
     return packed
 
 
 def _training(
     config: DataConfig,
+    name: str,
     sources: tuple[str, ...],
     tokenizer: Tokenizer,
     directory: pathlib.Path,
     say: Callable[[str], None],
 ) -> PackedTokens:
-    """The sources' documents, packed into `directory` without the held-out share, or the pack that they are."""
+    """The documents of the sources `name`, packed into `directory` without the held-out share, or the pack they are."""
     ready = _ready(sources, tokenizer)
-    if ready is not None:
+    if ready and not config.heldout:
+        raise HypenetError(f"{name} is the packed {sources[0]}, from which nothing can be held out; name data.heldout")
+    if ready:
         return ready
     if not directory.is_dir():
         say(f"packing {', '.join(sources)}")
@@ -101,12 +102,6 @@ def _share(config: DataConfig) -> float:
     return 0.0 if config.heldout else config.heldout_share
 
 
-def _check_heldout(config: DataConfig, name: str, sources: tuple[str, ...]) -> None:
-    """Raise HypenetError where a share is to be held out of a pack."""
-    if not config.heldout and (packs := _packs(sources)):
-        raise HypenetError(f"{name} is the packed {packs[0]}, from which nothing can be held out; name data.heldout")
-
-
 def natural_prose(sources: tuple[str, ...]) -> tuple[str, ...]:
     """The sources to measure on: each once, without those that make their documents.
 
@@ -124,16 +119,12 @@ def natural_prose(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 def _ready(sources: tuple[str, ...], tokenizer: Tokenizer) -> PackedTokens | None:
     """The packed tokens that the one source is, or None where the sources are documents."""
-    packs = _packs(sources)
+    packs = [source for source in sources if (pathlib.Path(source) / META).is_file()]
     if not packs:
         return None
     if len(sources) > 1:
         raise HypenetError(f"the packed {packs[0]} stands beside other sources; pack them all into one directory")
     return PackedTokens(packs[0], tokenizer)
-
-
-def _packs(sources: tuple[str, ...]) -> list[str]:
-    return [source for source in sources if (pathlib.Path(source) / META).is_file()]
 
 
 def _packed(

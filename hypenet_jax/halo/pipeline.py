@@ -156,8 +156,9 @@ def fit(run: Run) -> float:
         with timed(run.workdir, "fit_scale"):
             windows = corpus.long_documents(run.heldout, settings.length, settings.documents)
             between = partial(stop_if_asked, run.reporter.message, "fit_scale")
-            rest = (settings.batch_size, between, settings.tolerance)
-            fitted = fit_scale(student, params, windows, settings.grid, *rest)
+            fitted = fit_scale(
+                student, params, windows, settings.grid, settings.batch_size, between, settings.tolerance
+            )
             write_json(path, fitted)
     fitted = read_json(path)
     run.reporter.message(

@@ -53,7 +53,7 @@ class Run:
 
     def text_of(self, stage: str) -> PackedTokens:
         """The text that a stage reads, from `corpus.stage_start` on."""
-        return (self.finetune_text if stage == "finetune" else None) or self.text
+        return self.finetune_text if self.finetune_text and stage == "finetune" else self.text
 
     @property
     def frozen(self) -> dict:

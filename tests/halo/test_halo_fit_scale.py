@@ -56,9 +56,8 @@ def test_a_tolerance_takes_the_sharpest_a_that_the_loss_does_not_mind(student, f
     assert plain["best"] == plain["a"] and plain["tolerance"] == 0
     low, high = min(plain["loss"]), plain["loss"][0]
     found = fit_scale(*student, windows, GRID, batch_size=2, tolerance=(high - low) / 2)
-    assert (found["best"], found["loss"]) == (plain["best"], plain["loss"]) and found["grid"][0] < found["a"] < found[
-        "best"
-    ]
+    assert (found["best"], found["loss"]) == (plain["best"], plain["loss"])
+    assert found["grid"][0] < found["a"] < found["best"]
     assert found["a"] == pytest.approx(sharpest(found["grid"], found["loss"], (high - low) / 2), rel=1e-3)
     # The network that is scaled by it loses what was allowed, up to the line between two points of the grid.
     model, params = student
